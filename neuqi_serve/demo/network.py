@@ -18,7 +18,7 @@ from torch.nn import functional as F
 class NetworkShape:
     """Dimensions of the demo network; every matrix dimension is a multiple of 128 so that real kernels apply."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 1536
     hidden_size: int = 256
     intermediate_size: int = 768
     layers: int = 6
