@@ -1,0 +1,172 @@
+"""``NeuqiConfig``: what vLLM knows about a model quantized with the method ``neuqi``.
+
+The class stays at module level: vLLM pickles its instance into the engine process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from neuqi_serve.config import WeightSpec
+from neuqi_serve.errors import UnsupportedModelError, UsageError
+from neuqi_serve.format.quantization_config import QuantizationRecipe
+from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
+from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
+
+# A child of vLLM's logger, so that its handler prints our lines in every process.
+logger = init_logger("vllm.neuqi")
+
+ADDITIONAL_CONFIG_KEY = "neuqi"
+
+
+class NeuqiConfig(QuantizationConfig):
+    """Bits and groups of every layer, and whether they come from a packed checkpoint or are made while loading.
+
+    Precedence for the on-the-fly settings: ``--additional-config '{"neuqi": {…}}'`` over
+    ``--hf-overrides '{"quantization_config": {"quant_method": "neuqi", …}}'`` over the defaults (4 bits, group
+    128). Both are part of vLLM's compile-cache key, as environment variables are not.
+    """
+
+    def __init__(self, recipe: QuantizationRecipe | None = None, online: bool = True) -> None:
+        super().__init__()
+        self.recipe = recipe if recipe is not None else QuantizationRecipe()
+        self.online = online
+        self._additional_read = False
+
+    def __repr__(self) -> str:
+        source = "on the fly" if self.online else "packed"
+        spec = self.recipe.spec
+        return f"NeuqiConfig({source}, bits={spec.bits}, group_size={spec.group_size})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the name under which vLLM registers the method."""
+        return "neuqi"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return the activation dtypes that the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the lowest CUDA compute capability, times ten (Ampere: bf16 and asynchronous copies)."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file names: vLLM then builds the class without arguments for an unquantized checkpoint."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NeuqiConfig:
+        """Build from ``config.json["quantization_config"]`` or its ``--hf-overrides`` twin.
+
+        Raises:
+            UsageError: bits, group size or scale dtype outside the supported set.
+            IntegrityError: an unknown format version.
+        """
+        settings = dict(config)
+        online = bool(settings.pop("online", False))
+        recipe = QuantizationRecipe.for_online(settings) if online else QuantizationRecipe.from_dict(settings)
+        return cls(recipe, online=online)
+
+    @classmethod
+    def from_config_dict_json(cls, text: str) -> NeuqiConfig:
+        """Build from ``--hf-overrides '{"quantization_config_dict_json": "{…}"}'`` (unquantized checkpoints)."""
+        return cls.from_config({"online": True, **json.loads(text)})
+
+    @classmethod
+    def from_config_file(cls, path: str) -> NeuqiConfig:
+        """Build from ``--hf-overrides '{"quantization_config_file": "PATH"}'`` (unquantized checkpoints)."""
+        return cls.from_config_dict_json(Path(path).read_text(encoding="utf-8"))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename the modules of the recipe when vLLM names the model's modules differently."""
+        self.recipe = self.recipe.renamed(hf_to_vllm_mapper.apply_list, hf_to_vllm_mapper.apply_dict)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
+    ) -> None:
+        """Check a packed folder's headers before anything is loaded.
+
+        Raises:
+            IntegrityError: the folder is not what its manifest says.
+        """
+        if not self.online and Path(model_name).is_dir():
+            from neuqi_serve.format.reader import open_checkpoint
+
+            open_checkpoint(Path(model_name)).validate()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Choose the method of one layer; linear layers always get one, the rest is left to vLLM.
+
+        Raises:
+            UnsupportedModelError: a mixture-of-experts layer, or fused shards that a recipe treats differently.
+            UsageError: the group size does not divide the layer's input size.
+        """
+        self._read_additional_config()
+        if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
+            raise UnsupportedModelError(
+                f"expected linear layers, got mixture-of-experts layer {prefix!r}: experts cannot be quantized "
+                "with neuqi yet. Serve this model without --quantization neuqi."
+            )
+        if not isinstance(layer, LinearBase):
+            return None
+        if is_skipped(prefix, self.recipe.modules_to_not_convert, self.packed_modules_mapping):
+            return UnquantizedLinearMethod()
+        # Column and row parallel layers know their slice already, replicated ones have the whole input.
+        in_features = int(getattr(layer, "input_size_per_partition", layer.input_size))
+        if in_features % 32:
+            logger.warning_once(
+                "neuqi: %s stays unquantized: its rows of %d weights are no multiple of 32",
+                prefix,
+                in_features,
+            )
+            return UnquantizedLinearMethod()
+        spec = self.spec_for(prefix)
+        try:
+            spec.groups(in_features)
+        except UsageError as error:
+            whole = int(layer.input_size)
+            hint = (
+                f" This is one tensor-parallel slice of {whole}; use fewer ranks."
+                if whole != in_features
+                else ""
+            )
+            raise UsageError(f"layer {prefix!r}: {error}{hint}") from error
+        return NeuqiOnlineLinearMethod(self, spec) if self.online else NeuqiPackedLinearMethod(self, spec)
+
+    def spec_for(self, prefix: str) -> WeightSpec:
+        """Return the spec of the vLLM module ``prefix``.
+
+        Raises:
+            UnsupportedModelError: the shards that vLLM fuses into this module have different specs.
+        """
+        names = shard_names(prefix, self.packed_modules_mapping)
+        specs = {name: self.recipe.spec_of(name) for name in names}
+        if len(set(specs.values())) > 1:
+            listed = ", ".join(f"{name}: {s.bits} bits g{s.group_size}" for name, s in specs.items())
+            raise UnsupportedModelError(
+                f"expected one width for all parts of {prefix!r}, which vLLM fuses into one layer; got {listed}. "
+                "Quantize them alike."
+            )
+        return specs[names[0]]
+
+    def _read_additional_config(self) -> None:
+        if self._additional_read:
+            return
+        self._additional_read = True
+        vllm_config = get_current_vllm_config_or_none()
+        additional = getattr(vllm_config, "additional_config", None) or {}
+        settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+        if settings and self.online:
+            self.recipe = QuantizationRecipe.for_online({**self.recipe.to_dict(), **settings})
