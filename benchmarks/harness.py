@@ -1,8 +1,8 @@
-"""What every benchmark here shares: the record format, alternating timing, the result file, the table.
+"""What every benchmark shares: the record format, alternating timing, the result file, the table.
 
-A benchmark script is run from the repository root as ``python benchmarks/<name>.py`` and imports this module from
-its own folder. It collects :class:`Record` objects and hands them to :func:`report`, which prints them and writes
-``benchmarks/results/<name>.json``::
+A benchmark script is run from the repository root as ``python benchmarks/<name>.py`` and imports this
+module from its own folder. It collects :class:`Record` objects and hands them to :func:`report`, which
+prints them and writes ``benchmarks/results/<name>.json``::
 
     {"device": …, "cores": …, "versions": {…}, "commit": …, "date": …,
      "records": [{"case": {…}, "metric": …, "value": …, "unit": …, "reference": …, "ratio": …}]}
@@ -53,7 +53,7 @@ class Timing:
     runs: tuple[float, ...]
 
     def ratio_to(self, other: Timing) -> float:
-        """Median over the rounds of ``other ÷ self``: above 1, this one is faster. Rounds are paired in time."""
+        """Median over the rounds of ``other ÷ self``: above 1, this one is faster."""
         return statistics.median(theirs / ours for ours, theirs in zip(self.runs, other.runs, strict=True))
 
 
@@ -63,10 +63,10 @@ def time_alternating(
     warmup: int = 1,
     synchronize: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time the contenders in turn, round after round, so that a slow spell of the machine meets all of them alike.
+    """Time the contenders in turn, round after round, so that a slow spell of the machine meets all alike.
 
-    The order is reversed in every second round. ``synchronize`` (``torch.cuda.synchronize`` on a GPU) is called
-    before each clock reading.
+    The order is reversed in every second round. ``synchronize`` (``torch.cuda.synchronize`` on a GPU) is
+    called before each clock reading.
 
     Raises:
         ValueError: ``repeats`` below 1 or no contender.
@@ -172,7 +172,7 @@ def write(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The records as aligned text: one column per key of ``case``, then metric, value, unit, ratio, reference."""
+    """The records as aligned text: a column per key of ``case``, then the other fields."""
     keys = list(dict.fromkeys(key for record in records for key in record.case))
     rows = [[*keys, "metric", "value", "unit", "ratio", "reference"]]
     for record in records:
