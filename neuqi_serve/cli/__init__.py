@@ -1,0 +1,1 @@
+"""The command ``neuqi``: one verb per file, no logic of its own."""

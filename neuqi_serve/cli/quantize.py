@@ -1,0 +1,111 @@
+"""``neuqi quantize``: pack a model folder ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+
+DEMO = "demo"
+_DESCRIPTION = """Pack the linear layers of a model's decoder blocks; embeddings, output head, norms and routers
+stay as they are. Needs no data. Nothing appears at OUT before all of it is written; an
+interrupted run leaves OUT as it was."""
+_EPILOG = """example:
+  neuqi quantize demo -o demo-3bit --bits 3 --group-size 64 && neuqi serve demo-3bit"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb's options."""
+    parser = subparsers.add_parser(
+        "quantize",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model_dir",
+        metavar="MODEL_DIR",
+        help=f"unquantized Hugging Face model folder, or '{DEMO}' for the bundled model",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", type=Path, help="folder to write")
+    default = WeightSpec()
+    precision = parser.add_argument_group("precision")
+    precision.add_argument(
+        "--bits",
+        type=int,
+        choices=SUPPORTED_BITS,
+        default=default.bits,
+        help="bits per code (default: %(default)s)",
+    )
+    precision.add_argument(
+        "--group-size",
+        type=int,
+        choices=SUPPORTED_GROUP_SIZES,
+        default=default.group_size,
+        help="weights that share a scale and a zero-point, -1 for the whole row (default: %(default)s)",
+    )
+    precision.add_argument(
+        "--scale-dtype",
+        choices=SCALE_DTYPES,
+        default=default.scale_dtype,
+        help="storage of scales and zero-points (default: %(default)s)",
+    )
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--solver",
+        choices=("fast", "reference", "minmax"),
+        default="fast",
+        help="fast: NeUQI; reference: the search of the paper, slower; minmax: round to nearest (default: %(default)s)",
+    )
+    search.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the search runs; auto is the GPU if there is one (default: %(default)s)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--overwrite", action="store_true", help="replace the packed checkpoint at OUT")
+    output.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize and print the summary."""
+    spec = WeightSpec(args.bits, args.group_size, args.scale_dtype)
+    # A container runtime stops with SIGTERM: leave through the same clean-up as an interrupt.
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        import torch
+
+        from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
+
+        device = args.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        settings = QuantizationSettings(spec, args.solver, device, args.overwrite)
+        summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if args.json:
+        result: dict[str, Any] = {"output": str(args.output), **summary.to_dict()}
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{summary.to_table()}\nwritten to {args.output}")
+    return 0
+
+
+def _source_path(model: str) -> Path:
+    if model == DEMO:
+        from neuqi_serve.demo import model_path
+
+        return Path(model_path())
+    return Path(model)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,200 @@
+"""``config.json["quantization_config"]``: parse, validate, serialise (FORMAT.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from neuqi_serve.config import DEFAULT_SKIP, WeightSpec
+from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
+
+QUANT_METHOD = "neuqi"
+FORMAT_VERSION = 1
+_REQUIRED_KEYS = (
+    "quant_method",
+    "format_version",
+    "bits",
+    "group_size",
+    "scale_dtype",
+    "modules",
+    "modules_to_not_convert",
+)
+_MODULE_KEYS = ("bits", "group_size")
+
+
+def is_name_of(name: str, module: str) -> bool:
+    """Whether ``name`` is the module's full name or its trailing components (``gate``, not ``gate_proj``)."""
+    return module == name or module.endswith("." + name)
+
+
+@dataclass(frozen=True)
+class QuantizationRecipe:
+    """Which modules of a checkpoint are quantized, and how.
+
+    ``spec``: the default. ``modules``: exceptions by name. ``modules_to_not_convert``: names of what stays.
+    A name is a full module name or its trailing components (FORMAT.md, section 2).
+    """
+
+    spec: WeightSpec = field(default_factory=WeightSpec)
+    modules: Mapping[str, WeightSpec] = field(default_factory=dict)
+    modules_to_not_convert: tuple[str, ...] = DEFAULT_SKIP
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str = "quantization_config") -> QuantizationRecipe:
+        """Parse the object of a packed checkpoint; every key of format version 1 must be there and no other.
+
+        Raises:
+            UnsupportedModelError: another method.
+            IntegrityError: another format version, a missing, unknown or ill-typed key, or a value outside the
+                supported set.
+        """
+        check_format(config, where)
+        _check_keys(config, _REQUIRED_KEYS, _REQUIRED_KEYS, where, IntegrityError)
+        return _parse(config, where, IntegrityError)
+
+    @classmethod
+    def for_online(cls, settings: Mapping[str, Any], where: str = "neuqi settings") -> QuantizationRecipe:
+        """Parse settings for quantizing while loading; absent keys take their defaults.
+
+        Raises:
+            UsageError: an unknown key, another method, or a value outside the supported set.
+        """
+        _check_keys(settings, (), _REQUIRED_KEYS, where, UsageError)
+        method = settings.get("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise UsageError(
+                f'{where}: expected quant_method "{QUANT_METHOD}", got {method!r}. Correct or omit it.'
+            )
+        return _parse(settings, where, UsageError)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of format version 1, keys in the order of FORMAT.md."""
+        modules = {
+            name: {"bits": spec.bits, "group_size": spec.group_size} for name, spec in self.modules.items()
+        }
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "bits": self.spec.bits,
+            "group_size": self.spec.group_size,
+            "scale_dtype": self.spec.scale_dtype,
+            "modules": modules,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+        }
+
+    def keeps(self, module: str) -> bool:
+        """Whether the module of this full name stays unquantized."""
+        return any(is_name_of(name, module) for name in self.modules_to_not_convert)
+
+    def spec_of(self, module: str) -> WeightSpec:
+        """Return the spec of the module of this full name: its exception, the first match, or the default."""
+        exact = self.modules.get(module)
+        if exact is not None:
+            return exact
+        return next((spec for name, spec in self.modules.items() if is_name_of(name, module)), self.spec)
+
+    def renamed(
+        self,
+        rename_list: Callable[[list[str]], list[str]],
+        rename_dict: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> QuantizationRecipe:
+        """Return the recipe with every name mapped, e.g. by ``apply_list, apply_dict`` of vLLM's mapper."""
+        return QuantizationRecipe(
+            spec=self.spec,
+            modules=rename_dict(dict(self.modules)),
+            modules_to_not_convert=tuple(rename_list(list(self.modules_to_not_convert))),
+        )
+
+
+def check_format(config: Mapping[str, Any], where: str) -> None:
+    """Refuse another ``quant_method`` or an unknown ``format_version``.
+
+    Raises:
+        UnsupportedModelError: another method.
+        IntegrityError: a format version that this reader does not know.
+    """
+    method = config.get("quant_method")
+    if method != QUANT_METHOD:
+        raise UnsupportedModelError(
+            f'{where}: expected quant_method "{QUANT_METHOD}", got {method!r}. '
+            "Pack the unquantized model with `neuqi quantize`, or load this one with its own method."
+        )
+    check_format_version(config.get("format_version"), where)
+
+
+def check_format_version(version: object, where: str) -> None:
+    """Refuse a format version other than the known ones.
+
+    Raises:
+        IntegrityError: an unknown version.
+    """
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise IntegrityError(
+            f"{where}: expected format_version {FORMAT_VERSION}, got {version!r}. "
+            "Update neuqi-serve to read a newer format, or pack the model again."
+        )
+
+
+def _check_keys(
+    config: Mapping[str, Any],
+    required: tuple[str, ...],
+    known: tuple[str, ...],
+    where: str,
+    error: type[IntegrityError] | type[UsageError],
+) -> None:
+    missing = [key for key in required if key not in config]
+    if missing:
+        raise error(f"{where}: expected the keys {list(required)}, {missing} missing. Pack the model again.")
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise error(f"{where}: expected only the keys {list(known)}, got also {unknown}. Remove them.")
+
+
+def _parse(
+    config: Mapping[str, Any], where: str, error: type[IntegrityError] | type[UsageError]
+) -> QuantizationRecipe:
+    default = WeightSpec()
+    scale_dtype = config.get("scale_dtype", default.scale_dtype)
+    spec = _spec(
+        config.get("bits", default.bits),
+        config.get("group_size", default.group_size),
+        scale_dtype,
+        where,
+        error,
+    )
+    modules = config.get("modules", {})
+    if not isinstance(modules, Mapping):
+        raise error(
+            f'{where}: expected "modules" to be an object, got {modules!r}. Use {{}} for no exceptions.'
+        )
+    exceptions = {}
+    for name, entry in modules.items():
+        place = f"{where}, modules[{name!r}]"
+        if not isinstance(entry, Mapping):
+            raise error(f"{place}: expected an object with {list(_MODULE_KEYS)}, got {entry!r}. Correct it.")
+        _check_keys(entry, _MODULE_KEYS if error is IntegrityError else (), _MODULE_KEYS, place, error)
+        bits, group_size = entry.get("bits", spec.bits), entry.get("group_size", spec.group_size)
+        exceptions[name] = _spec(bits, group_size, scale_dtype, place, error)
+    kept = config.get("modules_to_not_convert", list(DEFAULT_SKIP))
+    if not isinstance(kept, list | tuple) or not all(isinstance(name, str) and name for name in kept):
+        raise error(
+            f'{where}: expected "modules_to_not_convert" to be a list of names, got {kept!r}. Correct it.'
+        )
+    return QuantizationRecipe(spec, exceptions, tuple(kept))
+
+
+def _spec(
+    bits: object,
+    group_size: object,
+    scale_dtype: object,
+    where: str,
+    error: type[IntegrityError] | type[UsageError],
+) -> WeightSpec:
+    for key, value in (("bits", bits), ("group_size", group_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise error(f'{where}: expected "{key}" to be an integer, got {value!r}. Correct it.')
+    try:
+        return WeightSpec(bits, group_size, scale_dtype)  # type: ignore[arg-type]
+    except UsageError as cause:
+        raise error(f"{where}: {cause}") from None

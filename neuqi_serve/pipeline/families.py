@@ -1,0 +1,85 @@
+"""The model families that can be packed: where their decoder blocks and linear layers are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neuqi_serve.errors import UnsupportedModelError
+
+_LLAMA_READS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_LLAMA_WRITES = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """``blocks``: prefix of a block's tensors, up to the block number (a regular expression).
+
+    ``reads``: last name components of linear layers that read the hidden state (K is ``hidden_size``);
+    ``writes``: of those that write it (N is ``hidden_size``).
+    """
+
+    blocks: str = r"model\.layers"
+    reads: tuple[str, ...] = _LLAMA_READS
+    writes: tuple[str, ...] = _LLAMA_WRITES
+
+    def block_number(self, name: str) -> int | None:
+        """Return the number of the decoder block that a tensor belongs to, None outside the blocks."""
+        match = re.match(rf"{self.blocks}\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
+
+
+_LLAMA = Family()
+_FAMILIES = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA,
+    "GemmaForCausalLM": _LLAMA,
+    "Gemma2ForCausalLM": _LLAMA,
+    "Gemma3ForCausalLM": _LLAMA,
+    "Phi3ForCausalLM": Family(reads=("qkv_proj", "gate_up_proj")),
+    "PhiForCausalLM": Family(reads=("q_proj", "k_proj", "v_proj", "fc1"), writes=("dense", "fc2")),
+    "OPTForCausalLM": Family(
+        blocks=r"(?:model\.)?decoder\.layers",
+        reads=("q_proj", "k_proj", "v_proj", "fc1"),
+        writes=("out_proj", "fc2"),
+    ),
+    "GPTNeoXForCausalLM": Family(
+        blocks=r"gpt_neox\.layers",
+        reads=("query_key_value", "dense_h_to_4h"),
+        writes=("dense", "dense_4h_to_h"),
+    ),
+}
+SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def family_of(architecture: str, config: Mapping[str, Any]) -> Family:
+    """Return the family of an architecture such as ``LlamaForCausalLM``.
+
+    Raises:
+        UnsupportedModelError: a mixture of experts, an already quantized model, or an architecture not in the table.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"expected an unquantized model, got one quantized with {method!r}. Start from the original weights."
+        )
+    experts = next((config[key] for key in _EXPERT_COUNTS if config.get(key)), None)
+    if experts is not None or "Moe" in architecture or "Mixtral" in architecture:
+        raise UnsupportedModelError(
+            f"expected a dense model, got {architecture or 'a model'} with {experts or 'several'} experts: mixtures of "
+            "experts cannot be packed yet. Choose a dense model of a supported architecture: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        raise UnsupportedModelError(
+            f"expected one of the architectures {', '.join(SUPPORTED_ARCHITECTURES)}; got "
+            f"{architecture or 'a config.json without architectures'}. Choose a model of one of these."
+        )
+    return family

@@ -1,0 +1,127 @@
+"""Which tensors of a checkpoint are quantized.
+
+The rule: a tensor is packed if it is a two-dimensional floating-point ``<module>.weight`` inside a decoder block, its
+module is not a router or gate (``config.DEFAULT_SKIP``), and its rows are a multiple of 32 and of the group size long.
+Everything else keeps its bytes: embeddings (tied or not), the output head, norms, biases, rotary tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from neuqi_serve.config import DEFAULT_SKIP, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
+from neuqi_serve.format.quantization_config import QuantizationRecipe
+from neuqi_serve.format.safetensors_file import FLOAT_CODES, TensorSpec
+from neuqi_serve.format.source import SourceCheckpoint
+from neuqi_serve.pipeline.families import Family, family_of
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``modules``: name → ``[N, K]`` of what is packed. ``unfit``: name → reason, of block layers that are not.
+
+    ``recipe``: what ``config.json`` of the packed checkpoint will say.
+    """
+
+    modules: Mapping[str, tuple[int, int]]
+    unfit: Mapping[str, str]
+    recipe: QuantizationRecipe
+
+
+def select_modules(source: SourceCheckpoint, spec: WeightSpec) -> Selection:
+    """Choose the modules to pack and check that they fit the configuration.
+
+    Raises:
+        UnsupportedModelError: an architecture that cannot be packed, or one without linear layers in its blocks.
+        IntegrityError: a decoder block is missing, or a weight's shape contradicts ``config.json``.
+        UsageError: the group size divides the rows of no layer.
+    """
+    family = family_of(source.architecture, source.config)
+    _check_blocks(source, family)
+    default = QuantizationRecipe(spec)
+    modules: dict[str, tuple[int, int]] = {}
+    unfit: dict[str, str] = {}
+    matrices = []
+    for name in sorted(source.tensors, key=natural_order):
+        stored = source.tensors[name].spec
+        if not name.endswith(".weight") or len(stored.shape) != 2:
+            continue
+        module = name.removesuffix(".weight")
+        matrices.append(module)
+        if family.block_number(name) is None or default.keeps(module):
+            continue
+        _check_shape(module, stored, source, family)
+        out_features, in_features = stored.shape
+        try:
+            spec.groups(in_features)
+        except UsageError as error:
+            unfit[module] = str(error)
+            continue
+        modules[module] = (out_features, in_features)
+    _check_any(modules, unfit, source, spec)
+    kept = [m for m in matrices if m not in modules and not default.keeps(m)]
+    return Selection(modules, unfit, QuantizationRecipe(spec, {}, (*DEFAULT_SKIP, *kept)))
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _check_blocks(source: SourceCheckpoint, family: Family) -> None:
+    present = {family.block_number(name) for name in source.tensors} - {None}
+    if not present:
+        raise UnsupportedModelError(
+            f"expected decoder blocks like {family.blocks!r} in a {source.architecture}, got "
+            f"tensors like {min(source.tensors)} in {source.path}. Convert the checkpoint to the Hugging Face layout."
+        )
+    expected = source.config.get("num_hidden_layers")
+    if isinstance(expected, int) and present != set(range(expected)):
+        missing = sorted(set(range(expected)) - present)
+        received = f"without the blocks {missing[:5]}" if missing else f"{len(present)} of them"
+        raise IntegrityError(
+            f"expected {expected} decoder blocks as config.json says, got {received} in {source.path}. "
+            "Download the model again."
+        )
+
+
+def _check_shape(module: str, stored: TensorSpec, source: SourceCheckpoint, family: Family) -> None:
+    hidden_size = source.config.get("hidden_size")
+    last = module.rpartition(".")[2]
+    if stored.dtype not in FLOAT_CODES:
+        raise UnsupportedModelError(
+            f"expected {module}.weight in one of {list(FLOAT_CODES)}, got {stored}. Start from the original weights."
+        )
+    if not isinstance(hidden_size, int):
+        return
+    for names, axis, letter in ((family.reads, 1, "K"), (family.writes, 0, "N")):
+        if last in names and stored.shape[axis] != hidden_size:
+            raise IntegrityError(
+                f"expected {module}.weight [N, K] with {letter} = {hidden_size} (hidden_size in config.json), got "
+                f"{list(stored.shape)}. Download the model again, or correct config.json."
+            )
+
+
+def _check_any(
+    modules: Mapping[str, tuple[int, int]],
+    unfit: Mapping[str, str],
+    source: SourceCheckpoint,
+    spec: WeightSpec,
+) -> None:
+    if modules:
+        return
+    if not unfit:
+        raise UnsupportedModelError(
+            f"expected linear layers in the decoder blocks of {source.path}, got none. Check the checkpoint."
+        )
+    lengths = sorted({source.tensors[f"{module}.weight"].spec.shape[1] for module in unfit})
+    whole = [length for length in lengths if length % 32 == 0]
+    fits = [g for g in SUPPORTED_GROUP_SIZES if any(g == -1 or length % g == 0 for length in whole)]
+    remedy = f"Sizes that divide some: {fits}." if whole else "This model cannot be packed."
+    raise UsageError(
+        f"expected a group size that divides the rows of some layer and rows that are a multiple of 32; got group size "
+        f"{spec.group_size} and rows of {lengths} weights. {remedy}"
+    )
