@@ -65,7 +65,9 @@ class CheckpointWriter:
         received = TensorSpec(DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         if received != place.spec:
             raise ValueError(f"{name}: planned as {place.spec}, got {received}. Plan what is written.")
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        dense = tensor.detach().cpu().contiguous()
+        # Dimensions of size one may have any stride; a view as bytes needs a stride of one.
+        content = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         with place.path.open("r+b") as file:
             file.seek(place.offset)
             file.write(content.numpy().data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,9 @@ class CheckpointSummary:
         return self.total.packed_bytes + self.kept_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON object; sizes in bytes."""
+        """Return a JSON object; sizes in bytes; ``seconds`` and ``unfit`` only for a quantization just made."""
         total = self.total
+        made = {} if self.seconds is None else {"seconds": round(self.seconds, 3), "unfit": dict(self.unfit)}
         return {
             "layers": total.layers,
             "bits_per_weight": round(total.bits_per_weight, 4),
@@ -68,8 +70,7 @@ class CheckpointSummary:
             "bytes_after": self.packed_bytes,
             "kept_tensors": self.kept_tensors,
             "kept_bytes": self.kept_bytes,
-            "seconds": None if self.seconds is None else round(self.seconds, 3),
-            "unfit": dict(self.unfit),
+            **made,
             "groups": [_group_to_dict(group) for group in self.groups],
         }
 
@@ -94,7 +95,8 @@ class CheckpointSummary:
             ("total", "", "", "", f"{total.bits_per_weight:.3f}", *sizes, _error(total.relative_error)),
         ]
         lines = [_aligned(rows)]
-        lines += [f"left unquantized: {name}: {reason}" for name, reason in self.unfit.items()]
+        kinds = Counter((name.rpartition(".")[2], reason) for name, reason in self.unfit.items())
+        lines += [f"left unquantized: {count} × {kind}: {reason}" for (kind, reason), count in kinds.items()]
         if self.seconds is not None:
             lines.append(f"{self.seconds:.1f} s")
         return "\n".join(lines)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from neuqi_serve.config import DEFAULT_SKIP, WeightSpec
+from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
+from neuqi_serve.format.quantization_config import QuantizationRecipe, is_name_of
+
+
+def valid(**changes: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "neuqi",
+        "format_version": 1,
+        "bits": 3,
+        "group_size": 128,
+        "scale_dtype": "bfloat16",
+        "modules": {"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": -1}},
+        "modules_to_not_convert": ["lm_head"],
+        **changes,
+    }
+
+
+def test_recipe_survives_json() -> None:
+    recipe = QuantizationRecipe.from_dict(json.loads(json.dumps(valid())))
+    assert recipe.to_dict() == valid()
+    assert recipe.spec == WeightSpec(3, 128, "bfloat16")
+    assert recipe.modules["model.layers.0.mlp.down_proj"] == WeightSpec(4, -1, "bfloat16")
+
+
+def test_recipe_survives_pickle_because_vllm_pickles_its_configuration() -> None:
+    recipe = QuantizationRecipe.from_dict(valid())
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"format_version": 2}, "format_version"),
+        ({"format_version": "1"}, "format_version"),
+        ({"format_version": True}, "format_version"),
+        ({"bits": 5}, "bits"),
+        ({"bits": 3.0}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"group_size": 48}, "group size"),
+        ({"group_size": "128"}, "group_size"),
+        ({"scale_dtype": "float8"}, "scale dtype"),
+        ({"modules": []}, "modules"),
+        ({"modules": {"a": {"bits": 4}}}, "group_size"),
+        ({"modules": {"a": {"bits": 4, "group_size": 32, "scale_dtype": "float32"}}}, "scale_dtype"),
+        ({"modules": {"a": 4}}, "a"),
+        ({"modules": {"a": {"bits": 6, "group_size": 32}}}, "bits"),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert"),
+        ({"modules_to_not_convert": [""]}, "modules_to_not_convert"),
+        ({"desc_act": False}, "desc_act"),
+    ],
+)
+def test_packed_recipe_rejects(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(IntegrityError, match=part):
+        QuantizationRecipe.from_dict(valid(**changes))
+
+
+@pytest.mark.parametrize("key", ["bits", "group_size", "scale_dtype", "modules", "modules_to_not_convert"])
+def test_packed_recipe_rejects_a_missing_key(key: str) -> None:
+    config = valid()
+    del config[key]
+    with pytest.raises(IntegrityError, match=key):
+        QuantizationRecipe.from_dict(config)
+
+
+@pytest.mark.parametrize("method", ["gptq", None, 1])
+def test_packed_recipe_rejects_another_method(method: object) -> None:
+    with pytest.raises(UnsupportedModelError, match="quant_method"):
+        QuantizationRecipe.from_dict(valid(quant_method=method))
+
+
+def test_online_recipe_fills_in_defaults() -> None:
+    assert QuantizationRecipe.for_online({}) == QuantizationRecipe()
+    recipe = QuantizationRecipe.for_online({"bits": 2, "modules": {"o_proj": {"bits": 4}}})
+    assert recipe.spec == WeightSpec(2, 128)
+    assert recipe.modules == {"o_proj": WeightSpec(4, 128)}
+    assert recipe.modules_to_not_convert == DEFAULT_SKIP
+
+
+def test_online_recipe_takes_a_serialised_recipe_with_changes() -> None:
+    recipe = QuantizationRecipe.from_dict(valid())
+    assert QuantizationRecipe.for_online({**recipe.to_dict(), "bits": 2}).spec.bits == 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 7}, {"group": 64}, {"quant_method": "awq"}, {"group_size": None}]
+)
+def test_online_recipe_rejects(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"expected|must be"):
+        QuantizationRecipe.for_online(settings)
+
+
+def test_name_is_whole_components() -> None:
+    assert is_name_of("gate", "model.layers.0.mlp.gate")
+    assert is_name_of("mlp.gate", "model.layers.0.mlp.gate")
+    assert is_name_of("lm_head", "lm_head")
+    assert not is_name_of("gate", "model.layers.0.mlp.gate_proj")
+    assert not is_name_of("proj", "model.layers.0.mlp.gate_proj")
+    assert not is_name_of("model.layers.0", "model.layers.0.mlp")
+
+
+def test_spec_of_prefers_the_full_name_then_the_first_match() -> None:
+    modules = {"down_proj": WeightSpec(4), "mlp.down_proj": WeightSpec(8), "a.mlp.down_proj": WeightSpec(2)}
+    recipe = QuantizationRecipe(WeightSpec(3), modules)
+    assert recipe.spec_of("a.mlp.down_proj").bits == 2
+    assert recipe.spec_of("b.mlp.down_proj").bits == 4
+    assert recipe.spec_of("b.mlp.up_proj").bits == 3
+
+
+def test_renamed_maps_every_name() -> None:
+    recipe = QuantizationRecipe(WeightSpec(3), {"a.x": WeightSpec(4)}, ("a.y",))
+    mapped = recipe.renamed(
+        lambda names: [name.replace("a.", "b.") for name in names],
+        lambda entries: {name.replace("a.", "b."): value for name, value in entries.items()},
+    )
+    assert mapped == QuantizationRecipe(WeightSpec(3), {"b.x": WeightSpec(4)}, ("b.y",))
