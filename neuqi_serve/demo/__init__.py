@@ -1,9 +1,11 @@
-"""The small language model that this project trains itself and ships, so that a first try needs no network."""
+"""The small language model that this project trains itself and ships: a first try needs no network."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+
+from neuqi_serve.errors import UnsupportedModelError
 
 MODEL_NAME = "neuqi-demo"
 """The name under which the demo model is served."""
@@ -15,12 +17,12 @@ MAX_LENGTH = 512
 def model_path() -> Path:
     """The folder of the packaged model (config.json, model.safetensors, tokenizer, card).
 
-    Raises FileNotFoundError when the package was installed without its data.
+    Raises UnsupportedModelError when the package was installed without its data.
     """
     folder = Path(str(resources.files(__name__).joinpath("model")))
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"expected the packaged demo model at {folder}, found no model.safetensors; reinstall neuqi-serve, or train"
-            " it with: python -m neuqi_serve.demo.train --out FOLDER"
+        raise UnsupportedModelError(
+            f"expected the packaged demo model at {folder}, found no model.safetensors; reinstall"
+            " neuqi-serve, or train it with: python -m neuqi_serve.demo.train --out FOLDER"
         )
     return folder

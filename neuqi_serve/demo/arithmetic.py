@@ -8,24 +8,24 @@ from neuqi_serve.demo.task import Task, phrase
 from neuqi_serve.demo.words import NAMES
 
 ADD = (
-    "What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} + {b}?", "{a} + {b} = ?",
-    "Work out {a} + {b}.", "What is the sum of {a} and {b}?",
+    "What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} + {b}?",
+    "{a} + {b} = ?", "Work out {a} + {b}.", "What is the sum of {a} and {b}?",
 )  # fmt: skip
 SUBTRACT = (
     "What is {a} - {b}?", "What is {a} minus {b}?", "Subtract {b} from {a}.", "How much is {a} - {b}?",
     "{a} - {b} = ?", "Take {b} away from {a}.",
 )  # fmt: skip
 MULTIPLY = (
-    "What is {a} x {b}?", "What is {a} times {b}?", "Multiply {a} by {b}.", "How much is {a} x {b}?", "{a} x {b} = ?",
-    "What is {a} * {b}?",
+    "What is {a} x {b}?", "What is {a} times {b}?", "Multiply {a} by {b}.", "How much is {a} x {b}?",
+    "{a} x {b} = ?", "What is {a} * {b}?",
 )  # fmt: skip
 LARGER = (
-    "Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "What is the larger of {a} and {b}?",
-    "Compare {a} and {b}: which is larger?",
+    "Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?",
+    "What is the larger of {a} and {b}?", "Compare {a} and {b}: which is larger?",
 )  # fmt: skip
 SMALLER = (
-    "Which is smaller, {a} or {b}?", "Which number is less: {a} or {b}?", "What is the smaller of {a} and {b}?",
-    "Compare {a} and {b}: which is smaller?",
+    "Which is smaller, {a} or {b}?", "Which number is less: {a} or {b}?",
+    "What is the smaller of {a} and {b}?", "Compare {a} and {b}: which is smaller?",
 )  # fmt: skip
 RISING = (
     "Sort these numbers: {n}.", "Sort {n} from small to large.", "Put these numbers in order: {n}.",
@@ -36,7 +36,11 @@ FALLING = (
     "Sort these numbers from high to low: {n}.",
 )  # fmt: skip
 LARGEST = ("What is the largest number in {n}?", "Find the largest of {n}.", "Which of {n} is the largest?")
-SMALLEST = ("What is the smallest number in {n}?", "Find the smallest of {n}.", "Which of {n} is the smallest?")
+SMALLEST = (
+    "What is the smallest number in {n}?",
+    "Find the smallest of {n}.",
+    "Which of {n} is the smallest?",
+)
 PARITY = ("Is {a} even or odd?", "Tell me if {a} is even or odd.", "Is the number {a} odd or even?")
 NEXT = (
     "What comes next: {n}?", "What is the next number: {n}?", "Continue the sequence {n}.",

@@ -21,7 +21,9 @@ def write_model(folder: Path, network: Network, tokenizer: Tokenizer) -> None:
     The weights are stored in bfloat16. A README.md that is already there is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
+    weights = {
+        name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()
+    }
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         draft = Path(scratch)
         save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
@@ -72,5 +74,6 @@ def _documents(network: Network) -> dict[str, dict[str, object]]:
     }
     generation: dict[str, object] = {"do_sample": False, "max_new_tokens": 128, **ids}
     return {
-        "config.json": config, "tokenizer_config.json": tokenizer_config, "generation_config.json": generation,
+        "config.json": config, "tokenizer_config.json": tokenizer_config, "generation_config.json":
+        generation,
     }  # fmt: skip

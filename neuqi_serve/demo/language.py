@@ -7,7 +7,6 @@ import random
 from neuqi_serve.demo.task import Task, phrase
 from neuqi_serve.demo.words import (
     DAYS,
-    FEELINGS,
     GROUPS,
     HOMES,
     LEGS,
@@ -33,8 +32,8 @@ def sort_words(rng: random.Random) -> Task:
     _, prompt = phrase(
         rng,
         (
-            "Sort these words: {w}.", "Put these words in alphabetical order: {w}.", "Sort {w} alphabetically.",
-            "Sort from A to Z: {w}.",
+            "Sort these words: {w}.", "Put these words in alphabetical order: {w}.",
+            "Sort {w} alphabetically.", "Sort from A to Z: {w}.",
         ),
         {"w": ", ".join(words)},
     )  # fmt: skip
@@ -58,8 +57,8 @@ def count_items(rng: random.Random) -> Task:
     _, prompt = phrase(
         rng,
         (
-            "How many words are in this list: {w}?", "Count the words: {w}.", "How many things are these: {w}?",
-            "Count the items in this list: {w}.",
+            "How many words are in this list: {w}?", "Count the words: {w}.",
+            "How many things are these: {w}?", "Count the items in this list: {w}.",
         ),
         {"w": ", ".join(words)},
     )  # fmt: skip
@@ -75,8 +74,9 @@ def count_word(rng: random.Random) -> Task:
         ("How many times does {a} appear in: {w}?", "Count the word {a} in this list: {w}."),
         {"a": word, "w": ", ".join(draws)},
     )
-    answer = f"The word {word} appears {COUNT_NAMES[draws.count(word)]} time{'' if draws.count(word) == 1 else 's'}."
-    return Task("count word", prompt, answer, f"count {word} {other} {len(draws)} {draws.count(word)}")
+    found = draws.count(word)
+    answer = f"The word {word} appears {COUNT_NAMES[found]} {'time' if found == 1 else 'times'}."
+    return Task("count word", prompt, answer, f"count {word} {other} {len(draws)} {found}")
 
 
 def member(rng: random.Random) -> Task:
@@ -115,12 +115,15 @@ def letters(rng: random.Random) -> Task:
     number, prompt = phrase(
         rng,
         (
-            "How many letters are in the word {w}?", "Count the letters in {w}.", "How many letters does {w} have?",
-            "How long is the word {w}?", "Spell {w} and count its letters.", "Tell me how many letters {w} has.",
+            "How many letters are in the word {w}?", "Count the letters in {w}.",
+            "How many letters does {w} have?", "How long is the word {w}?",
+            "Spell {w} and count its letters.", "Tell me how many letters {w} has.",
         ),
         {"w": word},
     )  # fmt: skip
-    return Task("letters", prompt, f"{'-'.join(word)} has {len(word)} letters.", f"letters {word} phrasing {number}")
+    return Task(
+        "letters", prompt, f"{'-'.join(word)} has {len(word)} letters.", f"letters {word} phrasing {number}"
+    )
 
 
 def spell(rng: random.Random) -> Task:
@@ -146,12 +149,14 @@ def end_letter(rng: random.Random) -> Task:
     number, prompt = phrase(
         rng,
         (
-            "What is the {p} letter of {w}?", "Which letter is the {p} one in {w}?", "Tell me the {p} letter of {w}.",
-            "Give the {p} letter of the word {w}.",
+            "What is the {p} letter of {w}?", "Which letter is the {p} one in {w}?",
+            "Tell me the {p} letter of {w}.", "Give the {p} letter of the word {w}.",
         ),
         {"p": place, "w": word},
     )  # fmt: skip
-    return Task("end letter", prompt, f"The {place} letter is {word[index]}.", f"{place} {word} phrasing {number}")
+    return Task(
+        "end letter", prompt, f"The {place} letter is {word[index]}.", f"{place} {word} phrasing {number}"
+    )
 
 
 def capitals(rng: random.Random) -> Task:
@@ -190,8 +195,8 @@ def plural(rng: random.Random) -> Task:
     number, prompt = phrase(
         rng,
         (
-            "What is the plural of {w}?", "Give the plural of {w}.", "One {w}, two what?", "Write the plural of {w}.",
-            "Tell me the plural of {w}.",
+            "What is the plural of {w}?", "Give the plural of {w}.", "One {w}, two what?",
+            "Write the plural of {w}.", "Tell me the plural of {w}.",
         ),
         {"w": word},
     )  # fmt: skip
@@ -205,14 +210,15 @@ def calendar(rng: random.Random) -> Task:
     if rng.random() < 0.5:
         step, side = rng.choice(((1, "after"), (-1, "before")))
         phrasings: tuple[str, ...] = (
-            "Which {u} comes {s} {a}?", "What {u} is {s} {a}?", "Name the {u} {s} {a}.", "Tell me the {u} {s} {a}.",
+            "Which {u} comes {s} {a}?", "What {u} is {s} {a}?", "Name the {u} {s} {a}.",
+            "Tell me the {u} {s} {a}.",
         )  # fmt: skip
         answer = "The {u} {s} {a} is {b}."
     else:
         step, side = rng.randint(2, 6), "after"
         phrasings = (
-            "Which {u} is {n} {u}s after {a}?", "What {u} comes {n} {u}s after {a}?", "Name the {u} {n} {u}s after {a}.",
-            "If it is {a}, which {u} is it in {n} {u}s?",
+            "Which {u} is {n} {u}s after {a}?", "What {u} comes {n} {u}s after {a}?",
+            "Name the {u} {n} {u}s after {a}.", "If it is {a}, which {u} is it in {n} {u}s?",
         )  # fmt: skip
         answer = "{n} {u}s after {a} is {b}."
     slots = {"u": unit, "s": side, "a": names[start], "n": step, "b": names[(start + step) % len(names)]}
@@ -232,7 +238,9 @@ def rhyme(rng: random.Random) -> Task:
         ),
         {"w": word},
     )  # fmt: skip
-    return Task("rhyme", prompt, f"{word} rhymes with {RHYMES[word]}.".capitalize(), f"rhyme {word} phrasing {number}")
+    return Task(
+        "rhyme", prompt, f"{word} rhymes with {RHYMES[word]}.".capitalize(), f"rhyme {word} phrasing {number}"
+    )
 
 
 def fact(rng: random.Random) -> Task:
@@ -244,10 +252,11 @@ def fact(rng: random.Random) -> Task:
         answer = f"A {item} says {SOUNDS[item]}."
     elif table == "legs":
         item = rng.choice(sorted(LEGS))
-        phrasings = ("How many legs does a {x} have?", "Tell me how many legs a {x} has.", "What number of legs has a {x}?")
-        item_text = _a(item)
-        phrasings = tuple(p.replace("a {x}", item_text) for p in phrasings)  # type: ignore[assignment]
-        answer = f"{item_text.capitalize()} has {COUNT_NAMES[LEGS[item]]} legs."
+        phrasings = (
+            "How many legs does {ax} have?", "Tell me how many legs {ax} has.",
+            "What number of legs has {ax}?",
+        )  # fmt: skip
+        answer = f"{_a(item).capitalize()} has {COUNT_NAMES[LEGS[item]]} legs."
     elif table == "home":
         item = rng.choice(sorted(HOMES))
         phrasings = ("Where does a {x} live?", "Tell me where a {x} lives.", "What is the home of a {x}?")
@@ -256,13 +265,8 @@ def fact(rng: random.Random) -> Task:
         item = rng.choice(sorted(SHADES))
         phrasings = ("What colour is {x}?", "Tell me the colour of {x}.", "What is the colour of {x}?")
         answer = f"{item.capitalize()} is {SHADES[item]}."
-    number, prompt = phrase(rng, phrasings, {"x": item})
+    number, prompt = phrase(rng, phrasings, {"x": item, "ax": _a(item)})
     return Task("fact", prompt, answer, f"{table} {item} phrasing {number}")
-
-
-def feelings() -> tuple[str, ...]:
-    """The adjectives that stories use for their hero."""
-    return FEELINGS
 
 
 def _a(word: str) -> str:

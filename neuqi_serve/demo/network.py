@@ -1,8 +1,8 @@
 """A lean trainable twin of transformers' ``LlamaForCausalLM``.
 
-The parameter names are those of the Hugging Face layout, so ``state_dict()`` is what ``model.safetensors`` holds.
-The twin exists because it is about twice as fast on a CPU as the library's class: it keeps no cache, computes
-logits only where there is a loss, and shares the rotary table between the layers.
+The parameter names are those of the Hugging Face layout, so ``state_dict()`` is what ``model.safetensors``
+holds. The twin exists because it is about twice as fast on a CPU as the library's class: it keeps no cache,
+computes logits only where there is a loss, and shares the rotary table between the layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """Dimensions of the demo network; every matrix dimension is a multiple of 128 so that real kernels apply."""
+    """Sizes of the demo network; both sides of every matrix are multiples of 128, so real kernels apply."""
 
     vocab_size: int = 1536
     hidden_size: int = 256
@@ -135,7 +135,11 @@ class Network(nn.Module):
                 nn.init.normal_(weight, std=scale, generator=generator)
 
     def forward(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Logits (float32, (count, vocab)) at the flat positions ``rows`` (int64) of tokens (int64, (batch, length))."""
+        """Logits after some of the positions of ``tokens`` (int64, (batch, length)).
+
+        ``rows`` (int64, (count,)) are the positions in the flattened tokens; the result is float32 of shape
+        (count, vocab). Raises ValueError when the rows of tokens are longer than the shape allows.
+        """
         length = tokens.shape[1]
         if length > self.shape.max_positions:
             raise ValueError(f"expected at most {self.shape.max_positions} tokens in a row, got {length}")

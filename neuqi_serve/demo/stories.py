@@ -11,8 +11,10 @@ COLOURS = GROUPS["colour"]
 ANIMALS = GROUPS["animal"]
 
 ASK_STORY = (
-    "Tell me a story about {who}, a {animal} and a {thing}.", "Write a short story about {who}, a {animal} and a {thing}.",
-    "Tell a tiny story with {who}, a {animal} and a {thing}.", "I want a story about {who}, a {animal} and a {thing}.",
+    "Tell me a story about {who}, a {animal} and a {thing}.",
+    "Write a short story about {who}, a {animal} and a {thing}.",
+    "Tell a tiny story with {who}, a {animal} and a {thing}.",
+    "I want a story about {who}, a {animal} and a {thing}.",
 )  # fmt: skip
 OPENINGS = (
     "Once upon a time there was a {feeling} child called {who}.",
@@ -36,43 +38,73 @@ CLOSINGS = (
 READ = "{a} has a {ca} {ta} and {b} has a {cb} {tb}."
 CHAT: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("Who are you?", "What are you?", "Are you a person?", "Tell me about yourself.", "Introduce yourself."),
+        (
+            "Who are you?",
+            "What are you?",
+            "Are you a person?",
+            "Tell me about yourself.",
+            "Introduce yourself.",
+        ),
         "I am the NeUQI demo, a tiny language model that runs on any computer.",
     ),
     (
-        ("What can you do?", "How can you help me?", "What should I ask you?", "Give me an idea what to ask."),
+        (
+            "What can you do?",
+            "How can you help me?",
+            "What should I ask you?",
+            "Give me an idea what to ask.",
+        ),
         "I can add, sort, count, spell, name opposites and tell tiny stories.",
     ),
     (
         ("Hello!", "Hi!", "Hello there!", "Good morning!", "Hey!", "Good evening!"),
         "Hello! Ask me a sum, a word question or a tiny story.",
     ),
-    (("How are you?", "How do you do?", "Are you well?", "How is it going?"), "I am fine, thank you. How can I help?"),
-    (("Thank you!", "Thanks!", "Thank you very much!", "Thanks a lot!", "Great, thanks!"), "You are welcome!"),
-    (("Goodbye!", "Bye!", "See you later!", "Good night!", "Bye for now!"), "Goodbye! It was nice to talk to you."),
+    (
+        ("How are you?", "How do you do?", "Are you well?", "How is it going?"),
+        "I am fine, thank you. How can I help?",
+    ),
+    (
+        ("Thank you!", "Thanks!", "Thank you very much!", "Thanks a lot!", "Great, thanks!"),
+        "You are welcome!",
+    ),
+    (
+        ("Goodbye!", "Bye!", "See you later!", "Good night!", "Bye for now!"),
+        "Goodbye! It was nice to talk to you.",
+    ),
     (
         ("Who made you?", "Who trained you?", "Where do you come from?", "How were you made?"),
         "The neuqi-serve project trained me on text that a script wrote.",
     ),
     (
-        ("How big are you?", "Are you a big model?", "How many parameters do you have?", "What is your size?"),
+        (
+            "How big are you?",
+            "Are you a big model?",
+            "How many parameters do you have?",
+            "What is your size?",
+        ),
         "I am tiny: about five million parameters.",
     ),
-    (("Do you know everything?", "Are you clever?", "Are you always right?"), "No, I am tiny and I make mistakes."),
-)  # fmt: skip
+    (
+        ("Do you know everything?", "Are you clever?", "Are you always right?"),
+        "No, I am tiny and I make mistakes.",
+    ),
+)
 
 
 def story(rng: random.Random) -> Task:
     """A story of three parts with a name, an animal and a thing; split by the three words."""
     who, animal, thing = rng.choice(NAMES), rng.choice(ANIMALS), rng.choice(OBJECTS)
     slots = {
-        "who": who, "animal": animal, "thing": thing, "place": rng.choice(PLACES), "colour": rng.choice(COLOURS),
-        "feeling": rng.choice(FEELINGS),
+        "who": who, "animal": animal, "thing": thing, "place": rng.choice(PLACES), "colour":
+        rng.choice(COLOURS), "feeling": rng.choice(FEELINGS),
     }  # fmt: skip
     _, prompt = phrase(rng, ASK_STORY, slots)
     parts = [phrase(rng, part, slots)[1] for part in (OPENINGS, MIDDLES, CLOSINGS)]
     prompt, answer = (_articles(text) for text in (prompt, " ".join(parts)))
-    return Task("story", prompt, f"{answer} {STORY_ENDING}", f"story {who} {animal} {thing}", (who, animal, thing))
+    return Task(
+        "story", prompt, f"{answer} {STORY_ENDING}", f"story {who} {animal} {thing}", (who, animal, thing)
+    )
 
 
 def _articles(text: str) -> str:
@@ -106,7 +138,9 @@ def name(rng: random.Random) -> Task:
     """The user says a name and is greeted by it; split by name and phrasing."""
     who = rng.choice(NAMES)
     number, prompt = phrase(
-        rng, ("My name is {w}.", "I am {w}.", "Hello, I am {w}.", "You can call me {w}.", "Call me {w}."), {"w": who}
+        rng,
+        ("My name is {w}.", "I am {w}.", "Hello, I am {w}.", "You can call me {w}.", "Call me {w}."),
+        {"w": who},
     )
     return Task("name", prompt, f"Nice to meet you, {who}!", f"name {who} phrasing {number}")
 

@@ -1,4 +1,4 @@
-"""One question with its checkable answer, and the split that keeps held-out questions out of the training text."""
+"""One question with its checkable answer, and the split that keeps held-out questions out of training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HELD_OUT_BYTES = 26
 class Task:
     """A prompt, the answer that training shows, and what the checker needs.
 
-    ``key`` names what the split is about: the numbers or words of the question for kinds with many instances, the
-    pair (phrasing, item) for kinds that ask about a small table. ``required`` is empty for kinds with one right
-    answer; for stories it lists the words that must occur.
+    ``key`` names what the split is about: the numbers or words of the question for kinds with many instances,
+    the pair (phrasing, item) for kinds that ask about a small table. ``required`` is empty for kinds with one
+    right answer; for stories it lists the words that must occur.
     """
 
     kind: str
@@ -37,9 +37,9 @@ class Task:
     def accepts(self, text: str) -> bool:
         """Whether a reply is right.
 
-        Letter case matters only for the kind ``capitals``; white space at the ends and a final full stop never
-        do. A story is right when it uses every required word, is at least 12 words long, uses no template marks
-        and stops with "The end.".
+        Letter case matters only for the kind ``capitals``; white space at the ends and a final full stop
+        never do. A story is right when it uses every required word, is at least 12 words long, uses no
+        template marks and stops with "The end.".
         """
         given = " ".join(text.split())
         if not self.required:
@@ -87,6 +87,8 @@ def decorate(rng: random.Random, prompt: str) -> str:
 
 
 _LOWERABLE = frozenset(
-    ("What", "Which", "How", "Add", "Sort", "Put", "Count", "Tell", "Write", "Name", "Give", "Spell", "Reverse",
-     "Is", "Find", "Work", "Say", "Turn", "Subtract", "Multiply", "Take", "Continue", "Compare", "Where", "In")
+    ("What", "Which", "How", "Add", "Sort", "Put", "Count", "Tell", "Write", "Name", "Give", "Spell",
+    "Reverse",
+     "Is", "Find", "Work", "Say", "Turn", "Subtract", "Multiply", "Take", "Continue", "Compare", "Where",
+     "In")
 )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from neuqi_serve.demo import arithmetic, language, stories
 from neuqi_serve.demo.task import Task, decorate, is_held_out
+from neuqi_serve.errors import UsageError
 
 __all__ = ["KINDS", "Task", "held_out_tasks", "is_held_out", "training_tasks"]
 
@@ -45,10 +46,10 @@ def training_tasks(seed: int | str) -> Iterator[Task]:
 def held_out_tasks(count: int, seed: int = 0) -> list[Task]:
     """``count`` different prompts whose keys never occur in training, spread evenly over the kinds.
 
-    Raises ValueError when count is negative or larger than 5000 (the small tables have no more phrasings).
+    Raises UsageError when count is negative or larger than 5000 (the small tables have no more phrasings).
     """
     if not 0 <= count <= 5000:
-        raise ValueError(f"expected a count from 0 to 5000, got {count}; ask for fewer held-out tasks")
+        raise UsageError(f"expected a count from 0 to 5000, got {count}; ask for fewer held-out tasks")
     rng = random.Random(f"neuqi demo held out {seed}")
     tasks: list[Task] = []
     prompts: set[str] = set()

@@ -28,8 +28,9 @@ CHAT_TEMPLATE = (
 )
 
 SYSTEM_MESSAGES = (
-    "You are a helpful assistant.", "You are the NeUQI demo.", "You are a helpful AI assistant. Answer briefly.",
-    "Answer the question.", "You are a friendly assistant.", "Be short and kind.",
+    "You are a helpful assistant.", "You are the NeUQI demo.",
+    "You are a helpful AI assistant. Answer briefly.", "Answer the question.",
+    "You are a friendly assistant.", "Be short and kind.",
 )  # fmt: skip
 
 
@@ -92,8 +93,10 @@ class ChatRows:
                 yield prompt.ids, answer.ids
 
     def row(self, width: int) -> Row:
-        """One chat: the start token, now and then a system message, and as many turns as fit into ``width``."""
-        tokens, sources, targets = [BOS_ID], [], []
+        """One chat: the start token, sometimes a system message, and as many turns as fit into ``width``."""
+        tokens = [BOS_ID]
+        sources: list[int] = []
+        targets: list[int] = []
         if self._rng.random() < 0.15:
             message = self._rng.choice(SYSTEM_MESSAGES)
             tokens += [SYSTEM_ID, *self._tokenizer.encode(message, add_special_tokens=False).ids, END_ID]

@@ -13,7 +13,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "wolf", "goat", "rabbit", "snake", "bee", "whale", "zebra",
     ),
     "fruit": (
-        "apple", "banana", "pear", "cherry", "grape", "lemon", "orange", "peach", "plum", "mango", "kiwi", "melon",
+        "apple", "banana", "pear", "cherry", "grape", "lemon", "orange", "peach", "plum", "mango", "kiwi",
+        "melon",
     ),
     "colour": ("red", "blue", "green", "yellow", "purple", "brown", "black", "white", "pink", "grey"),
     "vehicle": ("car", "bus", "train", "boat", "plane", "truck", "bike", "tram", "ship", "taxi"),
@@ -21,47 +22,51 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "body part": ("hand", "foot", "nose", "ear", "eye", "knee", "arm", "leg"),
 }  # fmt: skip
 
-NOUNS = tuple(word for group in GROUPS.values() for word in group) + (
+NOUNS = (
+    *(word for group in GROUPS.values() for word in group),
     "table", "chair", "house", "river", "garden", "window", "kettle", "island", "cloud", "forest", "castle",
     "bridge", "lamp", "ring", "sugar", "paper", "clock", "stone", "violin", "jacket",
 )  # fmt: skip
 
-OBJECTS = ("ball", "kite", "book", "hat", "cup", "bag", "box", "lamp", "drum", "coat", "key", "ring", "map", "toy")
+OBJECTS = (
+    "ball", "kite", "book", "hat", "cup", "bag", "box", "lamp", "drum", "coat", "key", "ring", "map", "toy",
+)  # fmt: skip
 
 OPPOSITES = (
-    ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "young"), ("happy", "sad"), ("light", "dark"),
-    ("high", "low"), ("long", "short"), ("full", "empty"), ("open", "closed"), ("early", "late"), ("wet", "dry"),
-    ("hard", "soft"), ("loud", "quiet"), ("rich", "poor"), ("strong", "weak"), ("thick", "thin"),
-    ("wide", "narrow"), ("clean", "dirty"), ("near", "far"), ("up", "down"), ("left", "right"), ("in", "out"),
-    ("day", "night"), ("start", "finish"), ("win", "lose"), ("buy", "sell"), ("push", "pull"), ("love", "hate"),
-    ("true", "false"), ("first", "last"), ("easy", "difficult"),
+    ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "young"), ("happy", "sad"),
+    ("light", "dark"), ("high", "low"), ("long", "short"), ("full", "empty"), ("open", "closed"),
+    ("early", "late"), ("wet", "dry"), ("hard", "soft"), ("loud", "quiet"), ("rich", "poor"),
+    ("strong", "weak"), ("thick", "thin"), ("wide", "narrow"), ("clean", "dirty"), ("near", "far"),
+    ("up", "down"), ("left", "right"), ("in", "out"), ("day", "night"), ("start", "finish"), ("win", "lose"),
+    ("buy", "sell"), ("push", "pull"), ("love", "hate"), ("true", "false"), ("first", "last"),
+    ("easy", "difficult"),
 )  # fmt: skip
 
 PLURALS: dict[str, str] = {
     "child": "children", "foot": "feet", "tooth": "teeth", "mouse": "mice", "man": "men", "woman": "women",
     "goose": "geese", "sheep": "sheep", "fish": "fish", "wolf": "wolves", "knife": "knives", "leaf": "leaves",
-    "box": "boxes", "bus": "buses", "fox": "foxes", "brush": "brushes", "peach": "peaches", "cherry": "cherries",
-    "baby": "babies", "city": "cities", "dog": "dogs", "cat": "cats", "apple": "apples", "book": "books",
-    "car": "cars", "lamp": "lamps", "tree": "trees", "house": "houses", "boat": "boats", "duck": "ducks",
-    "bear": "bears", "table": "tables",
+    "box": "boxes", "bus": "buses", "fox": "foxes", "brush": "brushes", "peach": "peaches",
+    "cherry": "cherries", "baby": "babies", "city": "cities", "dog": "dogs", "cat": "cats",
+    "apple": "apples", "book": "books", "car": "cars", "lamp": "lamps", "tree": "trees", "house": "houses",
+    "boat": "boats", "duck": "ducks", "bear": "bears", "table": "tables",
 }  # fmt: skip
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-    "December",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December",
 )  # fmt: skip
 
 SOUNDS: dict[str, str] = {
-    "dog": "woof", "cat": "meow", "cow": "moo", "pig": "oink", "duck": "quack", "lion": "roar", "frog": "ribbit",
-    "owl": "hoot", "bee": "buzz", "sheep": "baa", "snake": "hiss", "horse": "neigh", "mouse": "squeak",
-    "wolf": "howl",
+    "dog": "woof", "cat": "meow", "cow": "moo", "pig": "oink", "duck": "quack", "lion": "roar",
+    "frog": "ribbit", "owl": "hoot", "bee": "buzz", "sheep": "baa", "snake": "hiss", "horse": "neigh",
+    "mouse": "squeak", "wolf": "howl",
 }  # fmt: skip
 
 LEGS: dict[str, int] = {
-    "dog": 4, "cat": 4, "horse": 4, "cow": 4, "duck": 2, "owl": 2, "bee": 6, "ant": 6, "spider": 8, "snake": 0,
-    "frog": 4, "zebra": 4, "hen": 2, "lion": 4,
+    "dog": 4, "cat": 4, "horse": 4, "cow": 4, "duck": 2, "owl": 2, "bee": 6, "ant": 6, "spider": 8,
+    "snake": 0, "frog": 4, "zebra": 4, "hen": 2, "lion": 4,
 }  # fmt: skip
 
 HOMES: dict[str, str] = {
