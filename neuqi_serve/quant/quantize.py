@@ -139,6 +139,8 @@ def _run(
     chunk_elements: int,
 ) -> tuple[Tensor, Tensor]:
     """Quantize tile after tile; ``keep`` receives the flat index range of its groups and their codes ``[C, g]``."""
+    # A parameter is welcome: the workers do not inherit the caller's no_grad.
+    weight = weight.detach()
     rows, columns = weight.shape
     count = spec.groups(columns)
     scale = torch.empty((rows, count), dtype=getattr(torch, spec.scale_dtype), device=weight.device)
@@ -210,7 +212,9 @@ def _quantize_tile(
 def _laid_out(groups: Tensor, width: int, dim: int, fill: float) -> Tensor:
     """Groups ``[C, g]`` as a float32 tile of ``width`` groups along columns (``dim`` 0) or rows, padded by ``fill``."""
     size = groups.shape[1]
-    full = torch.full((size, width) if dim == 0 else (width, size), fill, device=groups.device)
+    shape = (size, width) if dim == 0 else (width, size)
+    # The type is named because a caller may have set another default: vLLM does while it loads a model.
+    full = torch.full(shape, fill, dtype=torch.float32, device=groups.device)
     (full.t() if dim == 0 else full)[: len(groups)] = groups
     return full
 

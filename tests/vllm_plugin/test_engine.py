@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuqi_serve.config import WeightSpec
-from neuqi_serve.pipeline.quantize_checkpoint import quantize_checkpoint
+from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
 from neuqi_serve.quant.affine import dequantize
 from neuqi_serve.quant.quantize import quantize_weight
 
@@ -70,7 +70,7 @@ def expected_bytes(folder: Path, spec: WeightSpec) -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "tiny-w3"
-    quantize_checkpoint(tiny_llama, out, SPEC)
+    quantize_checkpoint(tiny_llama, out, QuantizationSettings(SPEC))
     return out
 
 
