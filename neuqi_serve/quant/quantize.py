@@ -246,5 +246,5 @@ def _reference(tile: Tile, bits: int) -> AffineParams:
     weight, importance = tile.weight, tile.importance
     if tile.dim == 0:
         weight, importance = weight.t(), None if importance is None else importance.t()
-    params = search_scale(weight, importance, bits)
+    params = search_scale(weight.contiguous(), importance, bits)
     return AffineParams(params.scale.unsqueeze(tile.dim), params.zero.unsqueeze(tile.dim))
