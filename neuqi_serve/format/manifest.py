@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuqi_kernels import layout
+from neuqi_kernels.layout import packed_words
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import IntegrityError, UsageError
 from neuqi_serve.format.quantization_config import FORMAT_VERSION, check_format_version
@@ -58,7 +58,7 @@ class PackedModule:
         parameters = TensorSpec(
             DTYPE_CODES[self.spec.scale_dtype], (out_features, self.spec.groups(in_features))
         )
-        words = layout.packed_words(in_features, self.spec.bits)
+        words = packed_words(in_features, self.spec.bits)
         return {"qweight": TensorSpec("I32", (out_features, words)), "scale": parameters, "zero": parameters}
 
     @property

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import io
+
+from neuqi_serve.pipeline.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_line_every_ten_seconds() -> None:
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(100, "weights", stream, lambda: now[0])
+    for step in range(25):
+        now[0] = step + 1.0
+        progress.advance(4, f"layer {step}")
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "40 % after 10 s, about 15 s left: layer 9",
+        "80 % after 20 s, about 5 s left: layer 19",
+    ]
+
+
+def test_nothing_to_do_is_complete() -> None:
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(0, "B", stream, lambda: now[0])
+    now[0] = 11.0
+    progress.advance(0, "empty")
+    assert stream.getvalue().startswith("100 %")
+
+
+def test_terminal_gets_a_bar_that_goes_away() -> None:
+    stream = Terminal()
+    progress = Progress(10, "weights", stream)
+    progress.advance(10, "layer 1")
+    progress.close()
+    assert "\r" in stream.getvalue()
+    assert "\n" not in stream.getvalue()

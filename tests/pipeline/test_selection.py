@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuqi_serve.config import DEFAULT_SKIP, WeightSpec
+from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
+from neuqi_serve.format.source import open_source
+from neuqi_serve.pipeline.selection import Selection, natural_order, select_modules
+
+LINEAR = {
+    f"self_attn.{name}_proj" for name in "qkvo"
+} | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # fmt: skip
+
+
+def select(folder: Path, group_size: int = 32) -> Selection:
+    return select_modules(open_source(folder), WeightSpec(3, group_size))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_linear_layers_of_the_blocks_are_selected_and_nothing_else(
+    write_llama: Callable[..., Path], tied: bool
+) -> None:
+    selection = select(write_llama(tied=tied))
+    assert set(selection.modules) == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in LINEAR}
+    assert selection.modules["model.layers.1.mlp.down_proj"] == (64, 96)
+    assert selection.unfit == {}
+    assert selection.recipe.modules_to_not_convert == DEFAULT_SKIP
+    assert selection.recipe.spec == WeightSpec(3, 32)
+
+
+def test_blocks_come_in_their_order(write_llama: Callable[..., Path]) -> None:
+    numbers = [int(name.split(".")[2]) for name in select(write_llama(layers=11)).modules]
+    assert numbers == sorted(numbers)
+
+
+def test_natural_order_puts_2_before_10() -> None:
+    assert sorted(["a.10.b", "a.2.b", "a.b", "a.2.a"], key=natural_order) == [
+        "a.2.a",
+        "a.2.b",
+        "a.10.b",
+        "a.b",
+    ]
+
+
+def test_layers_that_the_group_does_not_divide_are_reported_and_named(
+    write_llama: Callable[..., Path],
+) -> None:
+    selection = select(write_llama(), group_size=64)
+    down = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    assert list(selection.unfit) == down
+    assert "64 does not divide the row of 96" in selection.unfit[down[0]]
+    assert selection.recipe.modules_to_not_convert == (*DEFAULT_SKIP, *down)
+    assert not set(down) & set(selection.modules)
+
+
+def test_rows_that_are_no_multiple_of_32_are_reported(write_llama: Callable[..., Path]) -> None:
+    odd = {f"model.layers.{layer}.mlp.down_proj.weight": torch.ones(64, 88) for layer in (0, 1)}
+    selection = select(write_llama(tensors=odd), group_size=-1)
+    assert all("multiple of 32" in reason for reason in selection.unfit.values())
+    assert len(selection.unfit) == 2
+
+
+def test_routers_and_matrices_outside_the_blocks_are_kept_and_named(write_llama: Callable[..., Path]) -> None:
+    extra = {
+        "model.layers.0.mlp.gate.weight": torch.ones(4, 64),
+        "model.project_in.weight": torch.ones(64, 64),
+    }
+    selection = select(write_llama(tensors=extra))
+    assert not {name.removesuffix(".weight") for name in extra} & set(selection.modules)
+    assert selection.recipe.keeps("model.layers.0.mlp.gate")
+    assert selection.recipe.modules_to_not_convert == (*DEFAULT_SKIP, "model.project_in")
+
+
+def test_group_size_that_fits_no_layer_is_an_error(write_llama: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"got group size 128 and rows of \[64, 96\].*\[32, 64, -1\]"):
+        select(write_llama(), group_size=128)
+
+
+def test_model_whose_rows_all_miss_32_cannot_be_packed(write_llama: Callable[..., Path]) -> None:
+    names = [f"model.layers.0.{name}.weight" for name in sorted(LINEAR)]
+    odd: dict[str, torch.Tensor | None] = {name: torch.ones(24, 24) for name in names}
+    with pytest.raises(UsageError, match="cannot be packed"):
+        select(write_llama(layers=1, tensors=odd, config={"hidden_size": 24}), group_size=-1)
+
+
+def test_missing_block_is_an_error(write_llama: Callable[..., Path]) -> None:
+    with pytest.raises(IntegrityError, match=r"expected 3 decoder blocks.* without the blocks \[2\]"):
+        select(write_llama(config={"num_hidden_layers": 3}))
+    with pytest.raises(IntegrityError, match="got 2 of them"):
+        select(write_llama("other", config={"num_hidden_layers": 1}))
+
+
+def test_checkpoint_without_blocks_is_an_error(write_llama: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="Hugging Face layout"):
+        select(write_llama(config={"architectures": ["GPTNeoXForCausalLM"]}))
+
+
+def test_blocks_without_linear_layers_are_an_error(write_llama: Callable[..., Path]) -> None:
+    absent = {f"model.layers.0.{name}.weight": None for name in LINEAR}
+    with pytest.raises(UnsupportedModelError, match="expected linear layers"):
+        select(write_llama(layers=1, tensors=absent))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "part"),
+    [("self_attn.q_proj", (64, 32), "K = 64"), ("mlp.down_proj", (32, 96), "N = 64")],
+)
+def test_shape_that_contradicts_the_configuration_is_an_error(
+    write_llama: Callable[..., Path], name: str, shape: tuple[int, int], part: str
+) -> None:
+    with pytest.raises(IntegrityError, match=part):
+        select(write_llama(tensors={f"model.layers.1.{name}.weight": torch.ones(shape)}))
+
+
+def test_weight_that_is_not_floating_point_is_an_error(write_llama: Callable[..., Path]) -> None:
+    weight = torch.ones(64, 64, dtype=torch.int8)
+    with pytest.raises(UnsupportedModelError, match=r"q_proj\.weight in one of"):
+        select(write_llama(tensors={"model.layers.1.self_attn.q_proj.weight": weight}))
