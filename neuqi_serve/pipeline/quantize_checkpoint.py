@@ -185,10 +185,11 @@ def _write_module(
         )
     planned = _packed_module(source, selection, module)
     packed = quantize_packed(weight, planned.spec, solver=settings.solver)
-    if not (packed.scale.isfinite().all() and packed.zero.isfinite().all()):
+    largest = torch.finfo(packed.scale.dtype).max
+    if not packed.scale.abs().max() < largest:
         raise UsageError(
-            f"expected scales and zero-points of {module} within the range of {planned.spec.scale_dtype}, got larger "
-            "ones. Choose another --scale-dtype (float32)."
+            f"expected the scales of {module} within the range of {planned.spec.scale_dtype}, got one of at least "
+            f"{largest:.5g}. Choose another --scale-dtype (float32)."
         )
     writer.write_module(module, packed)
     error = relative_error(weight, packed, planned.spec)

@@ -254,7 +254,7 @@ def test_packed_checkpoint_is_no_source(write_llama: Callable[..., Path], tmp_pa
 def test_scale_beyond_the_storage_dtype_is_an_error(write_llama: Callable[..., Path], tmp_path: Path) -> None:
     weight = torch.tensor([-1e7, 1e7]).repeat(96, 32)
     source = write_llama(tensors={f"{UP}.weight": weight})
-    with pytest.raises(UsageError, match=f"scales and zero-points of {UP}"):
+    with pytest.raises(UsageError, match=f"scales of {UP} within the range of float16"):
         quantize_checkpoint(source, tmp_path / "out", settings())
     assert not (tmp_path / "out").exists()
 
