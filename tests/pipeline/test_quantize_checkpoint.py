@@ -24,7 +24,7 @@ from neuqi_serve.pipeline.quantize_checkpoint import (
 )
 from neuqi_serve.quant.quantize import quantize_packed, quantize_weight
 
-UP = "model.layers.1.mlp.up_proj"
+FIRST_UP, UP = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
 
 
 def settings(bits: int = 3, group_size: int = 32, **changes: Any) -> QuantizationSettings:
@@ -36,17 +36,17 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("shards", "solver"), [(1, "fast"), (3, "minmax")])
 def test_packed_checkpoint_holds_what_the_quantizer_gives(
-    write_llama: Callable[..., Path], tmp_path: Path, shards: int
+    write_llama: Callable[..., Path], tmp_path: Path, shards: int, solver: str
 ) -> None:
-    source = write_llama(shards=shards)
-    quantize_checkpoint(source, tmp_path / "out", settings(solver="fast"))
+    source = write_llama(layers=1, shards=shards)
+    quantize_checkpoint(source, tmp_path / "out", settings(solver=solver))
     checkpoint = open_checkpoint(tmp_path / "out")
     checkpoint.verify()
     original = all_tensors(source)
-    packed = checkpoint.read_module(UP)
-    expected = quantize_weight(original[f"{UP}.weight"], WeightSpec(3, 32))
+    packed = checkpoint.read_module(FIRST_UP)
+    expected = quantize_weight(original[f"{FIRST_UP}.weight"], WeightSpec(3, 32), solver=solver)
     assert torch.equal(packed.scale, expected.scale)
     assert torch.equal(packed.zero, expected.zero)
     restored = dequantize(packed.qweight, packed.scale, packed.zero, 3, 32)
@@ -64,7 +64,7 @@ def test_packed_checkpoint_holds_what_the_quantizer_gives(
 def test_same_model_gives_the_same_bytes(write_llama: Callable[..., Path], tmp_path: Path) -> None:
     source = write_llama()
     for name in ("one", "two"):
-        quantize_checkpoint(source, tmp_path / name, settings(solver="fast"))
+        quantize_checkpoint(source, tmp_path / name, settings())
     contents = [
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")
     ]
