@@ -37,10 +37,11 @@ class Plan:
     stages: tuple[tuple[int, int, float], ...]
 
 
-SHORT_GROUPS = Plan(6, (0.0, 1.0), (-0.25, 0.25), ((24, 1, 3.0), (8, 3, 3.0), (4, 6, 3.0)))
-# A long row has a smoother loss and more to gain by going far, and one pass does not yet rank its starts.
-LONG_GROUPS = Plan(4, (0.0, 1 / 3, 2 / 3, 1.0), (-0.25, 0.25), ((32, 2, 3.0), (12, 3, 3.0), (4, 7, 4.0)))
-EIGHT_BITS = Plan(3, (1.0,), (-0.25, 0.25), ((6, 2, 2.0), (3, 3, 2.0)))
+DEFAULT_PLAN = Plan(6, (0.0, 1.0), (-0.25, 0.25), ((24, 1, 3.0), (8, 3, 3.0), (4, 6, 3.0)))
+# For long groups, where one pass does not yet rank the starts, and for uneven importance, which leaves few weights
+# that count and thereby many separate minima.
+THOROUGH_PLAN = Plan(4, (0.0, 1 / 3, 2 / 3, 1.0), (-0.25, 0.25), ((32, 2, 3.0), (12, 3, 3.0), (4, 7, 4.0)))
+EIGHT_BIT_PLAN = Plan(3, (1.0,), (-0.25, 0.25), ((6, 2, 2.0), (3, 3, 2.0)))
 LONG_GROUP_SIZE = 512
 # Smallest scale tried, as (2^b − 1)·s over the standard deviation: below the best one of Gaussian groups of 64,
 # and heavier tails or longer groups only want more.
@@ -56,7 +57,7 @@ def search(tile: Tile, bits: int) -> list[AffineParams]:
 
     Reference: arXiv:2505.17595 Eq. 5 for the loss; alternating least squares takes the place of Alg. 2.
     """
-    plan = EIGHT_BITS if bits == 8 else LONG_GROUPS if tile.group_size >= LONG_GROUP_SIZE else SHORT_GROUPS
+    plan = _plan(tile, bits)
     regression = _Regression(tile, bits)
     scale, zero = _starts(tile, bits, plan)
     best_scale, best_zero, best_gain = scale, zero, torch.full_like(scale, -1.0)
@@ -77,6 +78,13 @@ def search(tile: Tile, bits: int) -> list[AffineParams]:
     order = best_gain.sort(dim=0, descending=True, stable=True).indices
     scale, zero = best_scale.gather(0, order), best_zero.gather(0, order)
     return [AffineParams(scale[i], zero[i]) for i in range(len(order))]
+
+
+def _plan(tile: Tile, bits: int) -> Plan:
+    if bits == 8:
+        return EIGHT_BIT_PLAN
+    thorough = tile.importance is not None or tile.group_size >= LONG_GROUP_SIZE
+    return THOROUGH_PLAN if thorough else DEFAULT_PLAN
 
 
 def _starts(tile: Tile, bits: int, plan: Plan) -> tuple[Tensor, Tensor]:

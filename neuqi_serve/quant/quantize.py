@@ -37,6 +37,8 @@ LONGEST_COLUMN = 256
 # Columns come in multiples of this, so that vectorised sums treat every column alike and a group's result does not
 # depend on its place.
 COLUMN_MULTIPLE = 64
+# Squares of larger weights leave float32.
+LARGEST_WEIGHT = 1e18
 
 
 @dataclass(frozen=True)
@@ -139,33 +141,58 @@ def _run(
     chunk_elements: int,
 ) -> tuple[Tensor, Tensor]:
     """Quantize tile after tile; ``keep`` receives the flat index range of its groups and their codes ``[C, g]``."""
-    # A parameter is welcome: the workers do not inherit the caller's no_grad.
     weight = weight.detach()
     rows, columns = weight.shape
     count = spec.groups(columns)
-    scale = torch.empty((rows, count), dtype=getattr(torch, spec.scale_dtype), device=weight.device)
+    scale = torch.empty((rows, count), dtype=_storage(spec), device=weight.device)
     zero = torch.empty_like(scale)
-    mass = None if importance is None else importance.view(count, -1).to(weight.device)
+    usable = torch.empty((rows, count), dtype=torch.bool, device=weight.device)
+    mass = None
+    if importance is not None:
+        mass = normalized_importance(importance.detach().to(weight.device).reshape(count, -1), -1)
+    # The mode belongs to the thread, and a tensor made under it must not be written to from outside.
+    inference = torch.is_inference_mode_enabled()
 
+    @torch.inference_mode(inference)
     def work(job: tuple[int, Tensor]) -> None:
         first, groups = job
         part = slice(first, first + len(groups))
         index = torch.arange(first, first + len(groups), device=weight.device) % count
-        codes, params = _quantize_tile(groups, None if mass is None else mass[index], spec, solver)
+        tile = _tile(groups, None if mass is None else mass[index])
+        params = solve_tile(tile, spec, solver)
+        codes = codes_of(tile, params, spec.bits).to(torch.uint8)
+        keep(part, (codes if tile.dim else codes.t())[: len(groups)].contiguous())
         scale.view(-1)[part] = params.scale.view(-1)[: len(groups)]
         zero.view(-1)[part] = params.zero.view(-1)[: len(groups)]
-        keep(part, codes)
+        largest = torch.maximum(tile.weight.amax(tile.dim), -tile.weight.amin(tile.dim))
+        usable.view(-1)[part] = (largest <= LARGEST_WEIGHT)[: len(groups)]
 
     threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
     with ThreadPoolExecutor(threads) as pool:
         for tiles in _chunks(weight, count, chunk_elements):
             for _ in map(work, tiles) if threads == 1 else pool.map(work, tiles):
                 pass
+    if not usable.all():
+        raise _unusable(weight)
     return scale, zero
 
 
+def _storage(spec: WeightSpec) -> torch.dtype:
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.scale_dtype]
+
+
+def _unusable(weight: Tensor) -> UsageError:
+    per_row = [int((~(row.float().abs() <= LARGEST_WEIGHT)).sum()) for row in weight]
+    first = next(row for row, bad in enumerate(per_row) if bad)
+    return UsageError(
+        f"expected finite weights of at most {LARGEST_WEIGHT:g}, got {sum(per_row)} non-finite or larger values, "
+        f"the first in row {first}. The checkpoint is damaged or comes from a diverged training run: fetch it again, "
+        "or leave this layer unquantized."
+    )
+
+
 def _tile_groups(size: int, device: torch.device) -> int:
-    """Groups per tile: fixed by the group size and the device alone."""
+    """Groups per tile: fixed by the group size and the device alone, so that no result depends on the chunking."""
     limit = CPU_TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
     if size > LONGEST_COLUMN:
         return max(2, limit // size)
@@ -175,71 +202,47 @@ def _tile_groups(size: int, device: torch.device) -> int:
 def _chunks(weight: Tensor, count: int, chunk_elements: int) -> Iterator[list[tuple[int, Tensor]]]:
     """Yield the tiles of each chunk of rows: (index of the first group, groups ``[C, g]``), in order."""
     rows, columns = weight.shape
-    size = columns // count
+    width = _tile_groups(columns // count, weight.device)
     step = max(1, chunk_elements // columns)
-    width = _tile_groups(size, weight.device)
     for row in range(0, rows, step):
-        chunk = weight[row : row + step]
-        bad = int((~torch.isfinite(chunk)).sum())
-        if bad:
-            at = row + int((~torch.isfinite(chunk)).any(-1).nonzero()[0])
-            raise UsageError(
-                f"expected finite weights, got {bad} non-finite values, the first in row {at}. "
-                "The checkpoint is damaged or was saved from a diverged training run; fetch it again."
-            )
-        groups = chunk.reshape(-1, size)
+        groups = weight[row : row + step].reshape(-1, columns // count)
         starts = range(0, len(groups), width)
         yield [(row * count + first, groups[first : first + width]) for first in starts]
 
 
-def _quantize_tile(
-    groups: Tensor, importance: Tensor | None, spec: WeightSpec, solver: str
-) -> tuple[Tensor, AffineParams]:
-    """Codes uint8 ``[C, g]`` and stored parameters (float32, flat) of the groups of one tile."""
+def _tile(groups: Tensor, importance: Tensor | None) -> Tile:
+    """Groups ``[C, g]`` as a float32 tile of the fixed width, padded with zeros."""
     size = groups.shape[1]
     width = _tile_groups(size, groups.device)
     dim = -1 if size > LONGEST_COLUMN else 0
-    tile = Tile(_laid_out(groups, width, dim, 0.0), None, dim)
-    if importance is not None:
-        mass = normalized_importance(_laid_out(importance, width, dim, 1.0), dim)
-        tile = Tile(tile.weight, mass, dim)
-    params = solve_tile(tile, spec, solver)
-    codes = codes_of(tile, params, spec.bits).to(torch.uint8)
-    codes = codes.t() if dim == 0 else codes
-    return codes[: len(groups)].contiguous(), params
 
+    def laid_out(values: Tensor, fill: float) -> Tensor:
+        shape = (width, size) if dim else (size, width)
+        full = torch.full(shape, fill, dtype=torch.float32, device=groups.device)
+        (full if dim else full.t())[: len(values)] = values
+        return full
 
-def _laid_out(groups: Tensor, width: int, dim: int, fill: float) -> Tensor:
-    """Groups ``[C, g]`` as a float32 tile of ``width`` groups along columns (``dim`` 0) or rows, padded by ``fill``."""
-    size = groups.shape[1]
-    shape = (size, width) if dim == 0 else (width, size)
-    # The type is named because a caller may have set another default: vLLM does while it loads a model.
-    full = torch.full(shape, fill, dtype=torch.float32, device=groups.device)
-    (full.t() if dim == 0 else full)[: len(groups)] = groups
-    return full
+    return Tile(laid_out(groups, 0.0), None if importance is None else laid_out(importance, 1.0), dim)
 
 
 def solve_tile(tile: Tile, spec: WeightSpec, solver: str) -> AffineParams:
-    """Stored parameters (as float32) of every group of a tile."""
-    dtype = getattr(torch, spec.scale_dtype)
-    baseline = minmax(tile, spec.bits, dtype)
-    low, high = tile.weight.amin(tile.dim, keepdim=True), tile.weight.amax(tile.dim, keepdim=True)
-    mean = tile.mean(tile.weight)
-    if solver == "minmax":
-        best = baseline
-    else:
+    """Stored parameters (as float32) of every group of a tile.
+
+    The solver's results compete with Min-Max and with a constant; a group of equal weights gets the constant.
+    """
+    dtype = _storage(spec)
+    best = minmax(tile, spec.bits, dtype)
+    if solver != "minmax":
+        mean = tile.mean(tile.weight)
         centred = Tile(tile.weight - mean, tile.importance, tile.dim)
         found = fast.search(centred, spec.bits) if solver == "fast" else [_reference(centred, spec.bits)]
-        stored = [
-            refit_zero(tile, AffineParams(one.scale, one.zero - mean / one.scale), spec.bits, dtype)
-            for one in found[:1]
-        ]
-        best = choose(tile, [*stored, baseline, constant_params(mean, dtype)], spec.bits)
+        moved = [AffineParams(params.scale, params.zero - mean / params.scale) for params in found]
+        stored = [refit_zero(tile, mean, params, spec.bits, dtype) for params in moved]
+        best = choose(tile, [*stored, best, constant_params(mean, dtype)], spec.bits)
+    low, high = tile.weight.amin(tile.dim, keepdim=True), tile.weight.amax(tile.dim, keepdim=True)
     constant = constant_params(low, dtype)
-    flat = low == high
-    return AffineParams(
-        torch.where(flat, constant.scale, best.scale), torch.where(flat, constant.zero, best.zero)
-    )
+    scale = torch.where(low == high, constant.scale, best.scale)
+    return AffineParams(scale, torch.where(low == high, constant.zero, best.zero))
 
 
 def _reference(tile: Tile, bits: int) -> AffineParams:

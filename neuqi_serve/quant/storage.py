@@ -10,7 +10,7 @@ A tile holds many groups, along ``dim``: ``[n, C]`` with ``dim = 0`` (a group is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,19 +53,20 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def stored_zero(zero: Tensor, dtype: torch.dtype) -> Tensor:
     """Zero-point rounded to ``dtype``, at most its largest finite value, as float32."""
     limits = torch.finfo(dtype)
-    return zero.clamp(-limits.max, limits.max).to(dtype).float()
+    # Adding 0 turns −0 into 0.
+    return zero.clamp(-limits.max, limits.max).to(dtype).float() + 0.0
 
 
-def codes_of(tile: Tile, params: AffineParams, bits: int, out: Tensor | None = None) -> Tensor:
-    """``clip(round(w/scale + zero), 0, 2^b − 1)`` as float32, the definition in ``affine.quantize``."""
-    steps = torch.div(tile.weight, params.scale, out=out)
+def codes_of(tile: Tile, params: AffineParams, bits: int) -> Tensor:
+    """``clip(round(w/scale + zero), 0, 2^b − 1)`` as float32, bit for bit as ``affine.quantize`` does."""
+    steps = tile.weight / params.scale
     return steps.add_(params.zero).round_().clamp_(0, max_code(bits))
 
 
 def stored_loss(tile: Tile, params: AffineParams, bits: int) -> Tensor:
-    """Loss of each group under stored parameters, divided by the group size; float32, no cancellation.
+    """Mean over each group of the weighted squared error under stored parameters, float32.
 
-    The slow twin is :func:`neuqi_serve.quant.objective.weighted_loss`.
+    The slow twin is :func:`neuqi_serve.quant.objective.weighted_loss`, which sums.
     """
     error = codes_of(tile, params, bits)
     error -= params.zero
@@ -74,15 +75,15 @@ def stored_loss(tile: Tile, params: AffineParams, bits: int) -> Tensor:
     return tile.mean(error.square_())
 
 
-def refit_zero(tile: Tile, params: AffineParams, bits: int, dtype: torch.dtype) -> AffineParams:
+def refit_zero(tile: Tile, mean: Tensor, params: AffineParams, bits: int, dtype: torch.dtype) -> AffineParams:
     """Stored form of real parameters: the scale rounded, then the zero-point fitted to that scale and rounded.
 
-    At fixed codes the best zero-point is ``mean_h(q) − mean_h(w)/s``.
+    At fixed codes the best zero-point is ``mean(q) − mean(w)/s``; ``mean`` is ``tile.mean(tile.weight)``.
     """
     scale = stored_scale(params.scale, dtype)
-    codes = codes_of(tile, AffineParams(scale, params.zero), bits)
-    codes -= tile.weight / scale
-    return AffineParams(scale, stored_zero(tile.mean(codes), dtype))
+    codes = torch.addcmul(params.zero, tile.weight, scale.reciprocal())
+    codes.round_().clamp_(0, max_code(bits))
+    return AffineParams(scale, stored_zero(tile.mean(codes) - mean / scale, dtype))
 
 
 def constant_params(centre: Tensor, dtype: torch.dtype) -> AffineParams:
@@ -95,19 +96,14 @@ def constant_params(centre: Tensor, dtype: torch.dtype) -> AffineParams:
     return AffineParams(scale, stored_zero(code - centre / scale, dtype))
 
 
-def choose(tile: Tile, candidates: Iterable[AffineParams], bits: int) -> AffineParams:
-    """The candidate of least stored loss in each group, of equal ones the first; a constant group stays constant."""
-    best: AffineParams | None = None
-    least = tile.weight.new_empty(0)
-    for candidate in candidates:
+def choose(tile: Tile, candidates: Sequence[AffineParams], bits: int) -> AffineParams:
+    """The candidate of least stored loss in each group, of equal ones the first."""
+    best = candidates[0]
+    least = stored_loss(tile, best, bits)
+    for candidate in candidates[1:]:
         loss = stored_loss(tile, candidate, bits)
-        if best is None:
-            best, least = candidate, loss
-            continue
         better = loss < least
         scale = torch.where(better, candidate.scale, best.scale)
         best = AffineParams(scale, torch.where(better, candidate.zero, best.zero))
-        least = torch.where(better, loss, least)
-    if best is None:
-        raise ValueError("expected at least one candidate, got none. Pass Min-Max.")
+        least = torch.minimum(loss, least)
     return best
