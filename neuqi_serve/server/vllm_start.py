@@ -1,0 +1,89 @@
+"""Running vLLM's ``serve`` inside this process: its imports in one go, its engine from ours, its errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from neuqi_serve.errors import NeuqiError
+from neuqi_serve.server.engine_process import EngineProcesses
+from neuqi_serve.server.launch import EngineStartError
+
+# Imported before the fork, so that API and engine process share them; whatever is missing in a vLLM version is
+# imported later by vLLM itself.
+_API_MODULES = ("vllm.entrypoints.cli.serve", "vllm.v1.engine.async_llm")
+_ENGINE_MODULES = (
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.model_loader.default_loader",
+)
+
+
+def import_heavy(config: Mapping[str, Any], on_cpu: bool) -> None:
+    """Import what the API process needs, and on CPUs what the engine needs: the worker and the model's class."""
+    for name in _API_MODULES:
+        importlib.import_module(name)
+    if not on_cpu:
+        return
+    for name in _ENGINE_MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    _import_model_class(config)
+
+
+def _import_model_class(config: Mapping[str, Any]) -> None:
+    """Import the model's class here, and let vLLM inspect it here: on CPUs there is no device to keep untouched.
+
+    vLLM starts a process, which imports all of vLLM again, to look at a model class that it has not seen before.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    for architecture in config.get("architectures") or ():
+        known = registry.ModelRegistry.models.get(architecture)
+        if known is not None:
+            known.load_model_cls()
+
+
+def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
+    """Run vLLM's server until it is told to stop.
+
+    Raises:
+        EngineStartError: the engine process failed; with its own message and exit code.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    command = ServeSubcommand()
+    command.validate(args)
+    with _engine_processes(processes):
+        try:
+            command.cmd(args)
+        except NeuqiError:
+            raise
+        except Exception as error:
+            failure = processes.failure()
+            if failure is None:
+                raise
+            raise EngineStartError(
+                f"the engine did not start: {failure.kind}: {failure.message}", failure.exit_code
+            ) from error
+    return 0
+
+
+@contextlib.contextmanager
+def _engine_processes(processes: EngineProcesses) -> Iterator[None]:
+    from vllm.v1.engine import utils
+
+    original = utils.get_mp_context
+    utils.get_mp_context = lambda: processes.context(original())
+    try:
+        yield
+    finally:
+        utils.get_mp_context = original
