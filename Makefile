@@ -6,7 +6,7 @@ MODEL ?= demo
 ARGS  ?=
 
 # What an installed environment depends on: when one of these changes, the next make installs again.
-INPUTS := requirements/install $(wildcard requirements/*.txt) pyproject.toml setup.py \
+INPUTS := requirements/install $(wildcard requirements/*.txt) pyproject.toml $(wildcard setup.py) \
           $(wildcard kernels/neuqi_kernels/csrc/*)
 
 .PHONY: setup serve test check format wheel clean

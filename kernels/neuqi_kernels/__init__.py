@@ -1,1 +1,1 @@
-"""Low-bit matrix multiplication with real zero-points: the layout, its definition, and the kernels behind one dispatch."""
+"""Low-bit matrix products with real zero-points: the layout, its definition, the kernels behind one dispatch."""

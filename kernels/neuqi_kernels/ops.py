@@ -57,8 +57,8 @@ def register() -> None:
     if _LIBRARY is not None:
         return
     library = torch.library.Library("neuqi", "FRAGMENT")
-    library.define(_SCHEMA)
-    library.impl("gemm", _gemm, "CPU")
-    library.impl("gemm", _gemm, "CUDA")
+    library.define(_SCHEMA)  # type: ignore[no-untyped-call]
+    library.impl("gemm", _gemm, "CPU")  # type: ignore[no-untyped-call]
+    library.impl("gemm", _gemm, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake("neuqi::gemm", _gemm_fake, lib=library)
     _LIBRARY = library
