@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,17 @@ from typing import Any
 
 import torch
 from harness import RESULTS, write
-from quality_report import BASELINE, HEADER, ORIGINAL, Outcome, line, plot_divergence, records, verdict
+from quality_report import (
+    BASELINE,
+    ORIGINAL,
+    Outcome,
+    baseline_of,
+    header,
+    line,
+    plot_divergence,
+    records,
+    verdict,
+)
 from torch import Tensor
 
 from neuqi_serve.config import WeightSpec
@@ -131,28 +143,34 @@ def run_settings(
     specs: Sequence[WeightSpec],
     work: Sequence[Batch],
     questions: Questions | None,
+    workers: int,
 ) -> list[Outcome]:
-    """Measure the original and every method at every spec; one line is printed as each is done."""
+    """Measure the original, then every method at every spec, ``workers`` at a time; a line is printed for each."""
     logits = original_logits(model, work)
 
-    def outcome(method: str, bits: int, group_size: int, size: float, candidate: Any) -> Outcome:
-        own = logits() if candidate is model else next_token_logits(candidate, work)
-        divergence = measure_divergence(logits(), own, work)
+    def measure(method: str, spec: WeightSpec | None) -> Outcome:
+        if spec is None:
+            bits, group_size, size, unfit, candidate = 16, 0, 16.0, (), model
+        else:
+            copy = quantized_copy(model, spec, METHODS[method])
+            bits, group_size, size, unfit = (
+                spec.bits,
+                spec.group_size,
+                copy.bits_per_weight,
+                tuple(copy.unfit),
+            )
+            candidate = copy.model
+        divergence = measure_divergence(logits(), next_token_logits(candidate, work), work)
         answered = questions.answered(candidate, tokenizer) if questions else None
-        return Outcome(method, bits, group_size, size, divergence, answered)
+        return Outcome(method, bits, group_size, size, divergence, answered, unfit)
 
-    print(HEADER)
-    found = [outcome(ORIGINAL, 16, 0, 16.0, model)]
-    print(line(found[0], None), flush=True)
-    for spec in specs:
-        baseline = None
-        for method, quantizer in METHODS.items():
-            copy = quantized_copy(model, spec, quantizer)
-            if copy.unfit and method == BASELINE:
-                print(f"{len(copy.unfit)} layers stay unquantized, e.g. {next(iter(copy.unfit.items()))}")
-            found.append(outcome(method, spec.bits, spec.group_size, copy.bits_per_weight, copy.model))
-            baseline = baseline or found[-1]
-            print(line(found[-1], None if baseline is found[-1] else baseline), flush=True)
+    jobs = [(ORIGINAL, None), *((method, spec) for spec in specs for method in METHODS)]
+    found: list[Outcome] = []
+    print(header(questions is not None), flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        for outcome in pool.map(measure, *zip(*jobs, strict=True)):
+            found.append(outcome)
+            print(line(outcome, baseline_of(outcome, found)), flush=True)
     return found
 
 
@@ -173,6 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of computation"
     )
+    parser.add_argument("--workers", type=int, help="settings measured at a time (default: one a core)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     parser.add_argument(
         "--quick", action="store_true", help="a few tasks at one setting; writes with --out only"
@@ -188,6 +207,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    cores = len(os.sched_getaffinity(0))
+    options.workers = options.workers or cores
+    # Threads that share one small product mostly wait for one another: settings run side by side instead.
+    torch.set_num_threads(max(1, cores // options.workers))
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, and --help needs none
 
     folder = options.model or model_path()
@@ -209,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(", ".join(f"{key}: {value}" for key, value in common.items()))
     specs = [WeightSpec(bits, group) for bits in options.bits for group in options.group_sizes]
     start = time.perf_counter()
-    outcomes = run_settings(model, tokenizer, specs, work, questions)
+    outcomes = run_settings(model, tokenizer, specs, work, questions, options.workers)
     print(f"{verdict(outcomes)} {time.perf_counter() - start:.0f} s.")
     if options.out is None:
         return

@@ -25,7 +25,10 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One setting: its size, its divergence from the original, and which tasks it answers (None for a text)."""
+    """One setting: its size, its divergence from the original, and which tasks it answers (None for a text).
+
+    ``unfit``: layers that the group size does not divide; they keep their weights and are not in the size.
+    """
 
     method: str
     bits: int
@@ -33,6 +36,7 @@ class Outcome:
     bits_per_weight: float
     divergence: Divergence
     answered: list[bool] | None
+    unfit: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -40,10 +44,18 @@ class Outcome:
         return None if self.answered is None else sum(self.answered) / len(self.answered)
 
 
-HEADER = (
-    f"{'setting':<12}{'bits/w':>7}  {'method':<16}{'KL nats/token':>20}{'vs min-max':>12}{'top-1':>8}{'ppl':>9}"
-    f"{'accuracy':>10}{'difference':>17}{'McNemar p':>11}"
-)
+def baseline_of(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Min-Max at the same bits and group size; None for Min-Max itself and for the original."""
+    if outcome.method == BASELINE:
+        return None
+    place = (BASELINE, outcome.bits, outcome.group_size)
+    return next((o for o in outcomes if (o.method, o.bits, o.group_size) == place), None)
+
+
+def header(with_accuracy: bool) -> str:
+    """The line above those of :func:`line`."""
+    text = f"{'setting':<12}{'bits/w':>7}  {'method':<16}{'KL nats/token':>20}{'vs min-max':>12}{'top-1':>8}{'ppl':>9}"
+    return text + f"{'accuracy':>10}{'difference':>17}{'McNemar p':>11}" if with_accuracy else text
 
 
 def line(outcome: Outcome, baseline: Outcome | None) -> str:
@@ -56,6 +68,8 @@ def line(outcome: Outcome, baseline: Outcome | None) -> str:
         f"{setting:<12}{outcome.bits_per_weight:>7.2f}  {outcome.method:<16}{f'{found.mean_nats:.5f}{error}':>20}"
         f"{ratio:>12}{found.top1_agreement:>8.2%}{found.quantized_perplexity:>9.4g}"
     )
+    if outcome.unfit and baseline is None:
+        text = f"{len(outcome.unfit)} layers stay unquantized, e.g. {outcome.unfit[0]}\n{text}"
     if outcome.accuracy is None:
         return text
     text += f"{outcome.accuracy:>10.2%}"
@@ -68,13 +82,12 @@ def line(outcome: Outcome, baseline: Outcome | None) -> str:
 
 def records(outcomes: Sequence[Outcome], common: Case) -> list[Record]:
     """Every outcome in the shared record format; each method is compared with Min-Max at the same spec."""
-    baselines = {(o.bits, o.group_size): o for o in outcomes if o.method == BASELINE}
     found: list[Record] = []
     for outcome in outcomes:
         case = common | {"method": outcome.method, "bits": outcome.bits, "group_size": outcome.group_size}
-        baseline = baselines.get((outcome.bits, outcome.group_size))
+        baseline = baseline_of(outcome, outcomes)
         found += _absolute(outcome, case)
-        if baseline is not None and baseline is not outcome:
+        if baseline is not None:
             found += _against(outcome, baseline, case)
     return found
 
@@ -123,14 +136,8 @@ def _against(outcome: Outcome, baseline: Outcome, case: Case) -> list[Record]:
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
     """At how many settings NeUQI is ahead of Min-Max."""
-    pairs = [
-        (ours, theirs)
-        for ours in outcomes
-        for theirs in outcomes
-        if ours.method == "neuqi"
-        and theirs.method == BASELINE
-        and (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
-    ]
+    pairs = [(o, baseline_of(o, outcomes)) for o in outcomes if o.method == "neuqi"]
+    pairs = [(ours, theirs) for ours, theirs in pairs if theirs is not None]
     closer = sum(a.divergence.mean_nats < b.divergence.mean_nats for a, b in pairs)
     text = f"NeUQI has the lower KL divergence at {closer} of {len(pairs)} settings"
     if all(a.accuracy is not None and b.accuracy is not None for a, b in pairs):
