@@ -137,7 +137,8 @@ def _against(outcome: Outcome, baseline: Outcome, case: Case) -> list[Record]:
 def verdict(outcomes: Sequence[Outcome]) -> str:
     """At how many settings NeUQI is ahead of Min-Max."""
     pairs = [(o, baseline_of(o, outcomes)) for o in outcomes if o.method == "neuqi"]
-    pairs = [(ours, theirs) for ours, theirs in pairs if theirs is not None]
+    found = [(o, baseline_of(o, outcomes)) for o in outcomes if o.method == "neuqi"]
+    pairs = [(ours, theirs) for ours, theirs in found if theirs is not None]
     closer = sum(a.divergence.mean_nats < b.divergence.mean_nats for a, b in pairs)
     text = f"NeUQI has the lower KL divergence at {closer} of {len(pairs)} settings"
     if all(a.accuracy is not None and b.accuracy is not None for a, b in pairs):
