@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,6 +15,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
+    from neuqi_serve.cli.errors_to_exit import run_to_exit_code
     from neuqi_serve.server.launch import serve
+    from neuqi_serve.server.process_end import end_process
 
-    return serve(args.arguments)
+    try:
+        code = run_to_exit_code(lambda: serve(args.arguments))
+    except SystemExit as request:  # vLLM's own parser
+        code = int(request.code or 0)
+    if "vllm" in sys.modules:
+        end_process(code)
+    return code

@@ -25,7 +25,14 @@ examples:
   neuqi serve Qwen/Qwen3-0.6B --bits 3 --group-size 64 --port 8080"""
 
 # Options of vLLM that name something the Hugging Face hub may have to give.
-_HUB_OPTIONS = ("tokenizer", "hf-config-path", "speculative-config", "lora-modules", "generation-config", "config")
+_HUB_OPTIONS = (
+    "tokenizer",
+    "hf-config-path",
+    "speculative-config",
+    "lora-modules",
+    "generation-config",
+    "config",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,10 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     default = WeightSpec()
     # Values are checked by WeightSpec, whose messages say what to do.
     group.add_argument(
-        "--bits", type=int, metavar=_choices(SUPPORTED_BITS), help=f"bits per weight (default: {default.bits})"
+        "--bits",
+        type=int,
+        metavar=_choices(SUPPORTED_BITS),
+        help=f"bits per weight (default: {default.bits})",
     )
     group.add_argument(
         "--group-size",
@@ -103,11 +113,15 @@ def own_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder, name on the Hugging Face hub, or 'demo'")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder, name on the Hugging Face hub, or 'demo'"
+    )
     add_own_options(parser)
     listen = parser.add_argument_group("address")
     listen.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
-    listen.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
+    listen.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)"
+    )
     for option in ("--uds", "--ssl-keyfile", "--revision", "--quantization", "-q"):
         parser.add_argument(option, help=argparse.SUPPRESS)
     parser.add_argument("--headless", action="store_true", help=argparse.SUPPRESS)

@@ -91,7 +91,9 @@ def choose_defaults(
         DoesNotFitError: the KV cache of a single sequence is larger than the memory beside the weights.
     """
     choices = [
-        Choice("shutdown_timeout", SHUTDOWN_TIMEOUT_SECONDS, "seconds to finish running requests after SIGTERM")
+        Choice(
+            "shutdown_timeout", SHUTDOWN_TIMEOUT_SECONDS, "seconds to finish running requests after SIGTERM"
+        )
     ]
     if machine.runs_on_cpu:
         choices += [_sequences(machine), *_memory(machine, config, weight_bytes, given), *_processes(given)]

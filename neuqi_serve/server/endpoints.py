@@ -93,8 +93,11 @@ async def _publish(engine_client: Any, metrics: NeuqiMetrics, model_name: str, p
             # The call waits behind a running step; the next one will do.
             reports = None
         except Exception as error:
-            if not getattr(engine_client, "errored", False):
-                logger.warning("neuqi: no neuqi_* metrics of the weights: %s: %s", type(error).__name__, error)
+            # An engine that drains or has died refuses calls: then there is nothing left to report.
+            if not loaded and not getattr(engine_client, "errored", False):
+                logger.warning(
+                    "neuqi: no neuqi_* metrics of the weights: %s: %s", type(error).__name__, error
+                )
             return
         if reports is not None:
             summary = summarize_reports(reports)

@@ -83,7 +83,9 @@ class EngineProcesses:
                 continue
         return None
 
-    def new_process(self, original: Any, target: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
+    def new_process(
+        self, original: Any, target: Callable[..., Any], name: str, kwargs: dict[str, Any]
+    ) -> Any:
         """Return a process object that vLLM starts, watches and stops."""
         forked, self._forked = self._forked, None
         # Queues for tensors are handed over by inheritance only, which is too late for a process that exists.
@@ -107,7 +109,7 @@ class _Context:
         self._processes = processes
         self._original = original
 
-    def Process(self, target: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:  # noqa: N802
+    def Process(self, target: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
         return self._processes.new_process(self._original, target, name, kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -106,7 +106,9 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
                     "out, or give the original model to quantize it anew."
                 )
         if not own.quantize:
-            raise UsageError(f"expected an unquantized model with --no-quantize, got {model.name}, which is packed.")
+            raise UsageError(
+                f"expected an unquantized model with --no-quantize, got {model.name}, which is packed."
+            )
     elif model.kind == "foreign" or (method not in (None, "neuqi")) or not own.quantize:
         why = "--no-quantize" if not own.quantize else f"the method {model.method or method!r}"
         if given:
@@ -164,7 +166,9 @@ def _check_late(args: argparse.Namespace) -> ServedModel:
     """Check what could not be read before vLLM's parser: MODEL after other arguments, or in a --config file."""
     name = args.model_tag
     if not name:
-        raise UsageError("expected MODEL: a folder, a name on the Hugging Face hub, or 'demo'. Try: neuqi serve demo")
+        raise UsageError(
+            "expected MODEL: a folder, a name on the Hugging Face hub, or 'demo'. Try: neuqi serve demo"
+        )
     model = find_model(name, args.revision)
     own = OwnOptions.from_namespace(args)
     own.spec()
@@ -193,7 +197,9 @@ def _print_summary(
 ) -> None:
     lines = [f"neuqi serve {model.name}: {_weights(model, own)}"]
     if machine.runs_on_cpu:
-        lines.append(f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:")
+        lines.append(
+            f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:"
+        )
     lines += [f"  {choice}" for choice in choices]
     if machine.runs_on_cpu and why_spawned:
         lines.append(f"  engine process started anew, which takes longer: {why_spawned}")

@@ -38,11 +38,13 @@ class ListenAddress:
         if self.unix_socket:
             if Path(self.unix_socket).exists():
                 raise PortInUseError(
-                    f"expected no file at {self.unix_socket}, got one. Stop the server that listens there, or remove it."
+                    f"expected no file at {self.unix_socket}, got one. Stop the server there, or remove it."
                 )
             return
         try:
-            found = socket.getaddrinfo(self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = socket.getaddrinfo(
+                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
         except OSError as error:
             raise UsageError(
                 f"expected an address of this machine as --host, got {self.host!r} ({error}). Try 127.0.0.1 or 0.0.0.0."

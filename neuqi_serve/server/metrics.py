@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def summarize_reports(reports: Iterable[Mapping[str, Any]]) -> LoadSummary:
     packed = _total(quantized, "packed") + _total(quantized, "scale_zero")
     # Each rank's bits per weight cover its own number of weights.
     weights = sum(
-        8 * (r["weight_bytes"]["packed"] + r["weight_bytes"]["scale_zero"]) / r["bits_per_weight"] for r in quantized
+        8 * (r["weight_bytes"]["packed"] + r["weight_bytes"]["scale_zero"]) / r["bits_per_weight"]
+        for r in quantized
     )
     backends: dict[str, int] = {}
     phases: dict[str, float] = {}
@@ -88,10 +89,7 @@ def summarize_reports(reports: Iterable[Mapping[str, Any]]) -> LoadSummary:
         weight_bytes={kind: _total(found, kind) for kind in _WEIGHT_KINDS},
         backends=backends,
         phases=phases,
-        processes={
-            process_name(int(r.get("rank", 0)), len(found)): ProcessMemory(int(r["rss_bytes"]), int(r["peak_rss_bytes"]))
-            for r in found
-        },
+        processes={process_name(int(r.get("rank", 0)), len(found)): _memory(r) for r in found},
     )
 
 
@@ -104,9 +102,8 @@ class NeuqiMetrics:
     """The gauges of one API process; constructing it again gives the same gauges."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._gauges = {
-            name: _gauge(name, text, labels, registry) for name, (text, labels) in _GAUGES.items()
-        }
+        self._registry = registry
+        self._gauges = {name: _gauge(name, registry) for name, (_, labels) in _GAUGES.items() if labels}
 
     def set_build(self, version: str, vllm: str, torch: str) -> None:
         """Publish the versions."""
@@ -120,7 +117,8 @@ class NeuqiMetrics:
         for kind, size in summary.weight_bytes.items():
             self._gauges["neuqi_weight_bytes"].labels(kind).set(size)
         if summary.bits_per_weight is not None:
-            self._gauges["neuqi_bits_per_weight"].set(summary.bits_per_weight)
+            # Without labels a gauge shows 0 from the moment it exists, so it does not before there is a value.
+            _gauge("neuqi_bits_per_weight", self._registry).set(summary.bits_per_weight)
         for backend, layers in summary.backends.items():
             self._gauges["neuqi_kernel_info"].labels(backend, summary.bits).set(layers)
         for phase, seconds in summary.phases.items():
@@ -145,12 +143,17 @@ def own_memory() -> ProcessMemory:
     return ProcessMemory(resident, max(peak, resident))
 
 
-def _gauge(name: str, text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
+def _gauge(name: str, registry: CollectorRegistry) -> Gauge:
+    text, labels = _GAUGES[name]
     # A second engine in the same process must not register the same name again.
     existing = registry._names_to_collectors.get(name)
     if isinstance(existing, Gauge):
         return existing
     return Gauge(name, text, labels, registry=registry, multiprocess_mode="mostrecent")
+
+
+def _memory(report: Mapping[str, Any]) -> ProcessMemory:
+    return ProcessMemory(int(report["rss_bytes"]), int(report["peak_rss_bytes"]))
 
 
 def _total(reports: Iterable[Mapping[str, Any]], kind: str) -> int:

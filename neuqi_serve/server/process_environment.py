@@ -41,6 +41,9 @@ def vllm_environment(machine: Machine, offline: bool) -> dict[str, str]:
         chosen["VLLM_USE_AOT_COMPILE"] = "0"
         # BLAS threads serve nothing here, and without them the process has one thread when the engine is forked.
         chosen["OPENBLAS_NUM_THREADS"] = "1"
+        # GNU OpenMP's threads otherwise spin at every barrier and starve the API process, or each other when the
+        # machine is shared.
+        chosen["OMP_WAIT_POLICY"] = "passive"
         if machine.cores <= SMALL_MACHINE_CORES or machine.has_core_quota:
             # "auto" keeps a core for the API process and counts cores that a quota does not grant.
             chosen["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

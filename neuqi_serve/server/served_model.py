@@ -140,7 +140,9 @@ def check_on_the_fly(model: ServedModel, spec: WeightSpec) -> None:
         UnsupportedModelError: a mixture of experts.
     """
     config = model.text_config
-    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None)
+    experts = next(
+        (k for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None
+    )
     if experts:
         raise UnsupportedModelError(
             f"expected a dense model, got {model.name} with {experts} = {config[experts]}: experts cannot be "
