@@ -117,6 +117,16 @@ def test_source_rejects_a_tensor_in_two_shards(write_llama: Callable[..., Path])
         open_source(folder)
 
 
+def test_index_decides_which_shard_of_two_holds_a_tensor(write_llama: Callable[..., Path]) -> None:
+    folder = write_llama(shards=2)
+    first, second = sorted(folder.glob("*.safetensors"))
+    save_file({**load_file(first), "twice": torch.ones(1)}, first)
+    save_file({**load_file(second), "twice": torch.zeros(1)}, second)
+    for shard, value in ((first, 1.0), (second, 0.0)):
+        edit_index(folder, lambda index, shard=shard: index["weight_map"].update(twice=shard.name))  # type: ignore[misc]
+        assert open_source(folder).read("twice").item() == value
+
+
 def test_source_rejects_an_empty_shard(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({}, tmp_path / "model.safetensors")
