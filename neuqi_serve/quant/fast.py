@@ -46,8 +46,10 @@ LONG_GROUP_SIZE = 512
 # Smallest scale tried, as (2^b − 1)·s over the standard deviation: below the best one of Gaussian groups of 64,
 # and heavier tails or longer groups only want more.
 NARROWEST_SPAN = {2: 2.6, 3: 3.2, 4: 3.7, 8: 8.0}
-# Starts stay apart where the group is so compact that the smallest scale meets Min-Max's.
-LARGEST_FIRST_RATIO = 0.9
+# The first ratio to Min-Max's scale lies between these: starts stay apart in a compact group, and positive in one
+# whose spread vanishes.
+FIRST_RATIOS = (0.01, 0.9)
+SMALLEST_SPAN = 1e-30
 
 
 def search(tile: Tile, bits: int) -> list[AffineParams]:
@@ -91,9 +93,9 @@ def _starts(tile: Tile, bits: int, plan: Plan) -> tuple[Tensor, Tensor]:
     """Scales and zero-points of all starts, each ``[starts, …]``."""
     top = max_code(bits)
     low, high = tile.weight.amin(tile.dim, keepdim=True), tile.weight.amax(tile.dim, keepdim=True)
-    span = (high - low).clamp_(min=torch.finfo(torch.float32).tiny * top)
+    span = (high - low).clamp_(min=SMALLEST_SPAN)
     spread = tile.mean(tile.weight.square()).sqrt_()
-    first = (NARROWEST_SPAN[bits] * spread / span).clamp_(max=LARGEST_FIRST_RATIO)
+    first = (NARROWEST_SPAN[bits] * spread / span).clamp_(*FIRST_RATIOS)
     scales, zeros = [], []
     for i in range(plan.scales):
         scale = span / top * first ** (1.0 - i / (plan.scales - 1))

@@ -211,10 +211,12 @@ def _chunks(weight: Tensor, count: int, chunk_elements: int) -> Iterator[list[tu
 
 
 def _tile(groups: Tensor, importance: Tensor | None) -> Tile:
-    """Groups ``[C, g]`` as a float32 tile of the fixed width, padded with zeros."""
-    size = groups.shape[1]
+    """Groups ``[C, g]`` as a float32 tile, padded with zeros so that sums are taken as in a full one."""
+    count, size = groups.shape
     width = _tile_groups(size, groups.device)
     dim = -1 if size > LONGEST_COLUMN else 0
+    if groups.device.type == "cpu":
+        width = max(2, count) if dim else -(-count // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
     def laid_out(values: Tensor, fill: float) -> Tensor:
         shape = (width, size) if dim else (size, width)
@@ -238,7 +240,7 @@ def solve_tile(tile: Tile, spec: WeightSpec, solver: str) -> AffineParams:
         found = fast.search(centred, spec.bits) if solver == "fast" else [_reference(centred, spec.bits)]
         moved = [AffineParams(params.scale, params.zero - mean / params.scale) for params in found]
         stored = [refit_zero(tile, mean, params, spec.bits, dtype) for params in moved]
-        best = choose(tile, [*stored, best, constant_params(mean, dtype)], spec.bits)
+        best = choose(tile, [best, *stored, constant_params(mean, dtype)], spec.bits)
     low, high = tile.weight.amin(tile.dim, keepdim=True), tile.weight.amax(tile.dim, keepdim=True)
     constant = constant_params(low, dtype)
     scale = torch.where(low == high, constant.scale, best.scale)
