@@ -80,7 +80,7 @@ def _real_weights(model: Path, elements: int) -> Iterator[tuple[str, Tensor]]:
 
 def _losses(weight: Tensor, spec: WeightSpec, solver: str) -> Tensor:
     found = quantize_weight(weight, spec, solver=solver)
-    groups = weight.view(found.scale.numel(), -1)
+    groups = weight.reshape(found.scale.numel(), -1)
     return weighted_loss(groups, None, found.scale.view(-1), found.zero.view(-1), spec.bits)
 
 
@@ -100,8 +100,8 @@ def _loss_records(kind: str, weight: Tensor, spec: WeightSpec) -> list[Record]:
 
 def _speed_records(spec: WeightSpec, elements: int, repeats: int) -> list[Record]:
     weight = torch.randn(max(1, 4 * elements // ROW), ROW)
-    # The reference costs a thousand times as much, so it gets fewer weights; both are reported per weight.
-    few = weight[: max(1, len(weight) // 64)]
+    # The reference costs hundreds of times as much, so it gets fewer weights; both are reported per weight.
+    few = weight[: max(1, len(weight) // 16)]
     timings = time_alternating(
         {
             "fast": lambda: quantize_weight(weight, spec),

@@ -68,8 +68,8 @@ def test_any_group_is_stored_finite_and_no_worse_than_min_max(values, bits, dtyp
     assert torch.isfinite(dequantize(found)).all()
     assert (found.scale > 0).all()
     best, plain = (
-        losses(weight, found, bits),
-        losses(weight, quantize_weight(weight, spec, solver="minmax"), bits),
+        losses(weight, found),
+        losses(weight, quantize_weight(weight, spec, solver="minmax")),
     )
     # Squares below float32's range vanish in the choice.
     assert (best <= plain * (1 + FLOAT32_SUMS) + 1e-36).all()
