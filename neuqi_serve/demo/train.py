@@ -35,13 +35,13 @@ class TrainConfig:
     """What a run depends on besides the code; ``blocks`` are the (rows, tokens per row) of a step."""
 
     seed: int = 0
-    steps: int = 2400
+    steps: int = 1920
     blocks: tuple[tuple[int, int], ...] = ((24, 128), (4, 512))
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     weight_decay: float = 0.03
     warmup: int = 60
-    decay_share: float = 0.3
+    decay_share: float = 0.271
     save_every: int = 100
     compile: bool = False
 

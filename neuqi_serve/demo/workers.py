@@ -7,13 +7,15 @@ that meet in every operation.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
 
@@ -30,7 +32,8 @@ def add_up(values: list[Tensor]) -> None:
         return
     flat = torch.cat([value.reshape(-1) for value in values])
     dist.all_reduce(flat)
-    for value, total in zip(values, flat.split([value.numel() for value in values]), strict=True):
+    totals = torch.split(flat, [value.numel() for value in values])
+    for value, total in zip(values, totals, strict=True):
         value.copy_(total.view_as(value))
 
 
@@ -40,9 +43,15 @@ def run_workers(count: int, work: Callable[..., None], *arguments: Any) -> None:
         work(*arguments)
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory() as scratch:
-        meeting = (Path(scratch) / "meeting").as_uri()
-        torch.multiprocessing.spawn(_join, args=(count, meeting, work, arguments), nprocs=count)
+    # A terminated parent must end in the ordinary way: only then are its daemon processes terminated too.
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            meeting = (Path(scratch) / "meeting").as_uri()
+            processes: Any = multiprocessing  # its functions are not typed
+            processes.spawn(_join, args=(count, meeting, work, arguments), nprocs=count, daemon=True)
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _join(rank: int, count: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

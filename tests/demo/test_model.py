@@ -16,6 +16,8 @@ from neuqi_serve.demo.network import Network, NetworkShape  # noqa: E402
 from neuqi_serve.demo.tokens import train_tokenizer  # noqa: E402
 
 LIMIT = 24 * 2**20
+BOUND = 0.7
+"""The shipped model answers 82 % of 2000 held-out tasks; a sample of 87 scatters by about 4 points."""
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,3 @@ def test_a_second_question_in_a_chat_and_a_system_message(model: Any, tokenizer:
     assert "NeUQI demo" in first
     chat += [{"role": "assistant", "content": first}, {"role": "user", "content": "What is 2 + 3?"}]
     assert ask(model, tokenizer, chat) == "2 + 3 = 5."
-
-
-BOUND = 0.75

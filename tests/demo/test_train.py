@@ -17,6 +17,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from neuqi_serve.demo.network import Network, NetworkShape  # noqa: E402
 from neuqi_serve.demo.tokens import ASSISTANT_ID, BOS_ID, END_ID, PAD_ID, ChatRows  # noqa: E402
 from neuqi_serve.demo.train import TrainConfig, train  # noqa: E402
+from neuqi_serve.demo.workers import run_workers  # noqa: E402
 
 SHAPE = NetworkShape(hidden_size=128, intermediate_size=128, layers=1, heads=2, kv_heads=1, max_positions=128)
 CONFIG = TrainConfig(seed=5, steps=3, blocks=((2, 64), (1, 128)), warmup=2)
@@ -40,6 +41,17 @@ def test_a_resumed_run_gives_identical_weights_and_files(tmp_path: Path) -> None
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (whole / "model" / name).read_bytes() == (halves / "model" / name).read_bytes()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=2, blocks=((2, 64), (2, 128)))
+    one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
+    train(one, config, SHAPE)
+    run_workers(2, train, two, config, SHAPE)
+    first, second = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (one, two))
+    for name, value in first["network"].items():
+        torch.testing.assert_close(value, second["network"][name], atol=0.02, rtol=0)
+    assert first["done"] == second["done"] == 2
 
 
 def test_weights_depend_on_the_seed(tmp_path: Path) -> None:
