@@ -32,7 +32,8 @@ class WeightSpec:
             raise UsageError(f"bits must be one of {SUPPORTED_BITS}, got {self.bits!r}. Try 4 (or 3, or 2).")
         if self.group_size not in SUPPORTED_GROUP_SIZES:
             raise UsageError(
-                f"group size must be one of {SUPPORTED_GROUP_SIZES} (-1 is the whole row), got {self.group_size!r}. Try 128."
+                f"group size must be one of {SUPPORTED_GROUP_SIZES} (-1 is the whole row), got {self.group_size!r}. "
+                "Try 128."
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}.")

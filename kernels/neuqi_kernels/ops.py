@@ -56,7 +56,7 @@ def register() -> None:
     global _LIBRARY
     if _LIBRARY is not None:
         return
-    library = torch.library.Library("neuqi", "FRAGMENT")
+    library = torch.library.Library("neuqi", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(_SCHEMA)  # type: ignore[no-untyped-call]
     library.impl("gemm", _gemm, "CPU")  # type: ignore[no-untyped-call]
     library.impl("gemm", _gemm, "CUDA")  # type: ignore[no-untyped-call]
