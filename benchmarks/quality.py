@@ -182,7 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--text", type=Path, help="text file, or JSON list of texts, instead of the held-out tasks"
     )
-    parser.add_argument("--count", type=int, default=1400, help="held-out tasks (at most 5000)")
+    parser.add_argument("--count", type=int, default=2800, help="held-out tasks (at most 5000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the held-out tasks")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of --text, about")
     parser.add_argument("--window", type=int, default=256, help="tokens of --text that run together")
