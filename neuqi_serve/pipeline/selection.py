@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint are quantized.
 
 The rule: a tensor is packed if it is a two-dimensional floating-point ``<module>.weight`` inside a decoder block, its
-module is not a router or gate (``config.DEFAULT_SKIP``), and its rows are a multiple of 32 and of the group size long.
-Everything else keeps its bytes: embeddings (tied or not), the output head, norms, biases, rotary tables.
+module is not a router or gate (``config.DEFAULT_SKIP``), and its rows are a multiple of 32 weights long. Everything
+else keeps its bytes: embeddings (tied or not), the output head, norms, biases, rotary tables. A group size that does
+not divide the rows of one of these layers is an error, as it is when the model is quantized while vLLM loads it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from neuqi_serve.config import DEFAULT_SKIP, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.config import DEFAULT_SKIP, SUPPORTED_GROUP_SIZES, WHOLE_ROW, WeightSpec
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.format.safetensors_file import FLOAT_CODES, TensorSpec
@@ -37,7 +38,7 @@ def select_modules(source: SourceCheckpoint, spec: WeightSpec) -> Selection:
     Raises:
         UnsupportedModelError: an architecture that cannot be packed, or one without linear layers in its blocks.
         IntegrityError: a decoder block is missing, or a weight's shape contradicts ``config.json``.
-        UsageError: the group size divides the rows of no layer.
+        UsageError: the group size does not divide the rows of some layer, or no layer can be packed.
     """
     family = family_of(source.architecture, source.config)
     _check_blocks(source, family)
@@ -55,13 +56,11 @@ def select_modules(source: SourceCheckpoint, spec: WeightSpec) -> Selection:
             continue
         _check_shape(module, stored, source, family)
         out_features, in_features = stored.shape
-        try:
-            spec.groups(in_features)
-        except UsageError as error:
-            unfit[module] = str(error)
+        if in_features % 32:
+            unfit[module] = f"rows of {in_features} weights are no multiple of 32"
             continue
         modules[module] = (out_features, in_features)
-    _check_any(modules, unfit, source, spec)
+    _check_fit(modules, unfit, source, spec)
     kept = [m for m in matrices if m not in modules and not default.keeps(m)]
     return Selection(modules, unfit, QuantizationRecipe(spec, {}, (*DEFAULT_SKIP, *kept)))
 
@@ -105,23 +104,27 @@ def _check_shape(module: str, stored: TensorSpec, source: SourceCheckpoint, fami
             )
 
 
-def _check_any(
+def _check_fit(
     modules: Mapping[str, tuple[int, int]],
     unfit: Mapping[str, str],
     source: SourceCheckpoint,
     spec: WeightSpec,
 ) -> None:
-    if modules:
-        return
-    if not unfit:
+    if not modules and not unfit:
         raise UnsupportedModelError(
             f"expected linear layers in the decoder blocks of {source.path}, got none. Check the checkpoint."
         )
-    lengths = sorted({source.tensors[f"{module}.weight"].spec.shape[1] for module in unfit})
-    whole = [length for length in lengths if length % 32 == 0]
-    fits = [g for g in SUPPORTED_GROUP_SIZES if any(g == -1 or length % g == 0 for length in whole)]
-    remedy = f"Sizes that divide some: {fits}." if whole else "This model cannot be packed."
-    raise UsageError(
-        f"expected a group size that divides the rows of some layer and rows that are a multiple of 32; got group size "
-        f"{spec.group_size} and rows of {lengths} weights. {remedy}"
-    )
+    if not modules:
+        lengths = sorted({source.tensors[f"{module}.weight"].spec.shape[1] for module in unfit})
+        raise UsageError(
+            f"expected rows that are a multiple of 32 weights long, got {lengths}. This model cannot be packed."
+        )
+    lengths = sorted({in_features for _, in_features in modules.values()})
+    odd = [length for length in lengths if spec.group_size != WHOLE_ROW and length % spec.group_size]
+    if odd:
+        layer = next(name for name, (_, length) in modules.items() if length == odd[0])
+        fits = [g for g in SUPPORTED_GROUP_SIZES if g == WHOLE_ROW or not any(n % g for n in lengths)]
+        raise UsageError(
+            f"expected a group size that divides the rows of every layer, got group size {spec.group_size} and rows of "
+            f"{odd} weights, e.g. {layer}. Sizes that divide all: {fits} (-1 is the whole row)."
+        )

@@ -135,7 +135,8 @@ def test_tokenizer_and_templates_go_along_but_weights_do_not(
 def test_layers_that_do_not_fit_are_in_the_summary_and_keep_their_weight(
     write_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    summary = quantize_checkpoint(write_llama(), tmp_path / "out", settings(group_size=64))
+    odd = {f"model.layers.{layer}.mlp.down_proj.weight": torch.ones(64, 88) for layer in (0, 1)}
+    summary = quantize_checkpoint(write_llama(tensors=odd), tmp_path / "out", settings(group_size=64))
     assert len(summary.unfit) == 2
     assert "left unquantized: 2 × down_proj" in summary.to_table()
     assert "model.layers.0.mlp.down_proj.weight" in open_checkpoint(tmp_path / "out").expected_tensors()
