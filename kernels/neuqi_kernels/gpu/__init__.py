@@ -1,0 +1,1 @@
+"""The Triton kernels: fused de-quantization and matrix product on GPUs."""

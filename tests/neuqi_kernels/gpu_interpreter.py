@@ -1,0 +1,159 @@
+"""A process that runs the GPU kernels in Triton's interpreter: a case per line in, its result per line out, both JSON.
+
+The interpreter replaces ``triton.jit`` for the whole process when Triton is first imported, so it cannot share the
+process of the other tests. Three things that the interpreter lacks are added here: rounding to bf16 (it truncates),
+bf16 products (it multiplies the bit patterns), and inline PTX (it refuses), for which the few instructions of the
+kernels are evaluated from their own text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import traceback
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+Handle = interpreter.TensorHandle
+Builder = interpreter.InterpreterBuilder
+
+
+def as_float32(handle: Any) -> np.ndarray:
+    """The values of a 16-bit float tensor in float32."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def to_bfloat16(values: np.ndarray) -> Any:
+    """Round to nearest even, as every GPU does."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return Handle(rounded.astype(np.uint16), tl.bfloat16)
+
+
+def install() -> None:
+    """Replace the three builder functions."""
+    original_cast = Builder.cast_impl
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
+            return to_bfloat16(source.data)
+        return original_cast(self, source, target)
+
+    def dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        # Products of 16-bit floats are exact in float32, and added in float32: what the matrix units do.
+        return Handle(as_float32(a) @ as_float32(b) + acc.data, acc.dtype.scalar)
+
+    def arithmetic_refused(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        if left.dtype.scalar == tl.bfloat16 and operation in (np.add, np.subtract, np.multiply, np.divide):
+            raise NotImplementedError("bf16 arithmetic: the interpreter would compute with bit patterns")
+        return original_binary(self, left, right, operation)
+
+    def inline_asm(
+        self: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
+    ) -> Any:
+        words = np.ascontiguousarray(values[0].data).view(np.uint16)
+        assert len(values) == 1
+        assert pack == 2
+        pairs = words.reshape(-1, 2).astype(np.uint32)
+        result = run_ptx(text, pairs[:, 0] | pairs[:, 1] << np.uint32(16))
+        halves = np.stack((result & np.uint32(0xFFFF), result >> np.uint32(16)), axis=1).astype(np.uint16)
+        kind = types[0].scalar
+        handle = Handle(halves.reshape(words.shape).view(interpreter._get_np_dtype(kind)), kind)
+        return SimpleNamespace(get_result=lambda index: handle)
+
+    original_binary = Builder.binary_op
+    # The lambdas of the builder look these up on the class at each call.
+    Builder.cast_impl = cast
+    Builder.binary_op = arithmetic_refused
+    Builder.create_dot = dot
+    Builder.create_inline_asm = inline_asm
+
+
+def run_ptx(text: str, source: np.ndarray) -> np.ndarray:
+    """Evaluate a block of ``mov``, ``shr`` and ``lop3`` on 32-bit registers, ``$1`` in, ``$0`` out."""
+    registers: dict[str, Any] = {"$1": source}
+
+    def operand(name: str) -> Any:
+        return registers[name] if name in registers else np.uint32(int(name, 0))
+
+    for statement in text.strip("{} ").split(";"):
+        match = re.match(r"\s*(\S+)\s+(.*)", statement)
+        if match is None or match[1] == ".reg":
+            continue
+        target, *names = (name.strip() for name in match[2].split(","))
+        if match[1] == "lop3.b32":
+            a, b, c = (operand(name) for name in names[:3])
+            registers[target] = lop3(a, b, c, int(names[3], 0))
+        elif match[1] == "shr.u32":
+            registers[target] = operand(names[0]) >> operand(names[1])
+        elif match[1] == "mov.b32":
+            registers[target] = operand(names[0])
+        else:
+            raise NotImplementedError(f"PTX instruction {match[1]!r} in {text!r}")
+    return registers["$0"]
+
+
+def lop3(a: Any, b: Any, c: Any, table: int) -> np.ndarray:
+    """The three-input logic operation: bit ``4a + 2b + c`` of the table, for every bit."""
+    result = np.zeros_like(a)
+    for index in range(8):
+        if table >> index & 1:
+            result |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
+    return result
+
+
+def poison_empty() -> None:
+    """Fill what ``torch.empty`` returns with NaN, so that nothing that is not written can pass for a result."""
+    allocate = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    torch.empty = poisoned
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Run the case of a request; the result says how far off it is and whether it left its counters at zero."""
+    import gpu_cases as cases
+
+    from neuqi_kernels.gpu.plan import target_of
+
+    request_again = request.pop("repeat", False)
+    case = cases.Case(**request)
+    target = replace(target_of(torch.device("cpu")), inline_asm=case.asm)
+    layer = cases.make_layer(case)
+    x = cases.make_tokens(case)
+    y, counters = cases.multiply(case, layer, x, target)
+    result = {
+        "kernel": cases.chosen_plan(case, target).kernel,
+        "error": cases.relative_error(y, cases.exact(layer, x)),
+        "counters_zero": not counters.any().item(),
+    }
+    if request_again:
+        again, _ = cases.multiply(case, layer, x, target)
+        alone, _ = cases.multiply(replace(case, m=1), layer, x[:1], target)
+        result["same_bits_again"] = torch.equal(y.view(torch.int16), again.view(torch.int16))
+        result["same_bits_alone"] = torch.equal(y[:1].view(torch.int16), alone.view(torch.int16))
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    install()
+    poison_empty()
+    for line in sys.stdin:
+        try:
+            result = answer(json.loads(line))
+        except Exception:
+            result = {"exception": traceback.format_exc()[-3000:]}
+        print(json.dumps(result), flush=True)
