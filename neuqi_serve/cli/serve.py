@@ -19,10 +19,11 @@ def run(args: argparse.Namespace) -> int:
     from neuqi_serve.server.launch import serve
     from neuqi_serve.server.process_end import end_process
 
+    imported_before = "vllm" in sys.modules
     try:
         code = run_to_exit_code(lambda: serve(args.arguments))
     except SystemExit as request:  # vLLM's own parser
         code = int(request.code or 0)
-    if "vllm" in sys.modules:
+    if "vllm" in sys.modules and not imported_before:
         end_process(code)
     return code

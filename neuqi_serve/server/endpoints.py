@@ -86,9 +86,9 @@ async def _publish(engine_client: Any, metrics: NeuqiMetrics, model_name: str, p
     while True:
         metrics.set_memory({process: own_memory()})
         try:
-            reports = await asyncio.wait_for(
-                engine_client.collective_rpc(REPORT_METHOD), timeout=REPORT_TIMEOUT_SECONDS
-            )
+            # Not asyncio.wait_for, which on Python 3.11 can swallow the cancellation that ends this task.
+            async with asyncio.timeout(REPORT_TIMEOUT_SECONDS):
+                reports = await engine_client.collective_rpc(REPORT_METHOD)
         except TimeoutError:
             # The call waits behind a running step; the next one will do.
             reports = None

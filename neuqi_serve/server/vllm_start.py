@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
         except Exception as error:
             failure = processes.failure()
             if failure is None:
-                raise
+                raise EngineStartError(f"vLLM did not start: {type(error).__name__}: {error}", 1) from error
             raise EngineStartError(
                 f"the engine did not start: {failure.kind}: {failure.message}", failure.exit_code
             ) from error
