@@ -76,7 +76,8 @@ def explain(spec: GemmSpec) -> str:
     for name in backend_names():
         reason = refusal(name, spec)
         if name == chosen:
-            verdict = "runs"
+            detail = getattr(find(name), "detail", "")
+            verdict = f"runs ({detail})" if detail else "runs"
         elif reason is not None:
             verdict = f"refuses: {reason}"
         else:

@@ -1,0 +1,139 @@
+// The C interface. The caller checks shapes and dtypes; here every pointer is trusted.
+#include <atomic>
+
+#include "layout.h"
+#include "repack.h"
+#include "team.h"
+#include "variants.h"
+
+#define NEUQI_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Raise with every change of the functions below or of the tile layout.
+constexpr int kAbi = 1;
+
+// Instruction sets, weakest first; the numbers are part of the interface.
+enum Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+bool cpu_has(int isa) {
+  if (isa == kPortable) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == kAvx2) return avx2;
+  if (isa == kAvx512) return avx512;
+#ifdef NEUQI_HAS_AVX512_BF16
+  if (isa == kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#endif
+  return false;
+}
+
+bool is_built(int isa) {
+  switch (isa) {
+    case kPortable: return true;
+#ifdef NEUQI_HAS_AVX2
+    case kAvx2: return true;
+#endif
+#ifdef NEUQI_HAS_AVX512
+    case kAvx512: return true;
+#endif
+#ifdef NEUQI_HAS_AVX512_BF16
+    case kAvx512Bf16: return true;
+#endif
+    default: return false;
+  }
+}
+
+struct Read {
+  const uint64_t* words;
+  int64_t chunks;
+  std::atomic<int64_t> next{0};
+  std::atomic<uint64_t> sum{0};
+};
+
+constexpr int64_t kReadWords = 1 << 14;
+
+void read_chunks(void* data) {
+  auto& job = *static_cast<Read*>(data);
+  typedef uint64_t Vector __attribute__((vector_size(64), aligned(8)));
+  Vector total[4] = {};
+  for (int64_t chunk; (chunk = job.next.fetch_add(1, std::memory_order_relaxed)) < job.chunks;) {
+    auto* words = reinterpret_cast<const Vector*>(job.words + chunk * kReadWords);
+    for (int64_t i = 0; i < kReadWords / 8; i += 4) {
+      __builtin_prefetch(words + i + 32);
+      __builtin_prefetch(words + i + 33);
+      __builtin_prefetch(words + i + 34);
+      __builtin_prefetch(words + i + 35);
+      for (int j = 0; j < 4; ++j) total[j] += words[i + j];
+    }
+  }
+  uint64_t sum = 0;
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 8; ++i) sum += total[j][i];
+  job.sum += sum;
+}
+
+}  // namespace
+
+NEUQI_EXPORT int neuqi_cpu_abi() { return kAbi; }
+
+// Bit i: instruction set i is compiled in / is offered by this CPU.
+NEUQI_EXPORT int neuqi_cpu_built() {
+  int mask = 0;
+  for (int isa = kPortable; isa <= kAvx512Bf16; ++isa) mask |= is_built(isa) << isa;
+  return mask;
+}
+
+NEUQI_EXPORT int neuqi_cpu_supported() {
+  int mask = 0;
+  for (int isa = kPortable; isa <= kAvx512Bf16; ++isa) mask |= cpu_has(isa) << isa;
+  return mask;
+}
+
+NEUQI_EXPORT int neuqi_cpu_team_is_shared() { return neuqi::team_is_shared(); }
+
+NEUQI_EXPORT int64_t neuqi_cpu_tile_bytes(int64_t k, int bits, int64_t group, int scale_kind) {
+  return neuqi::Geometry{neuqi::kTile, k, group, bits, scale_kind}.tile_bytes();
+}
+
+NEUQI_EXPORT void neuqi_cpu_repack(const void* qweight, const void* scale, const void* zero, void* tiles, int64_t n,
+                                   int64_t k, int bits, int64_t group, int scale_kind, int threads) {
+  neuqi::repack({n, k, group, bits, scale_kind}, static_cast<const uint32_t*>(qweight), scale, zero,
+                static_cast<uint8_t*>(tiles), threads);
+}
+
+NEUQI_EXPORT void neuqi_cpu_dequantize(const void* tiles, float* weight, int64_t n, int64_t k, int bits, int64_t group,
+                                       int scale_kind, int threads) {
+  neuqi::dequantize({n, k, group, bits, scale_kind}, static_cast<const uint8_t*>(tiles), weight, threads);
+}
+
+// y [m, n] = x [m, k] · Ŵᵀ + bias, in the dtype of x. Returns 0, or 1 when memory is short.
+NEUQI_EXPORT int neuqi_cpu_gemm(int isa, const void* x, const void* tiles, const void* bias, void* y, int64_t m,
+                                int64_t n, int64_t k, int bits, int64_t group, int x_kind, int scale_kind,
+                                int bias_kind, int threads) {
+  neuqi::GemmArgs args{{n, k, group, bits, scale_kind}, static_cast<const uint8_t*>(tiles), x, bias, y, m, x_kind,
+                       bias_kind, threads};
+  switch (isa) {
+#ifdef NEUQI_HAS_AVX512_BF16
+    case kAvx512Bf16: return !neuqi::gemm_avx512_bf16(args);
+#endif
+#ifdef NEUQI_HAS_AVX512
+    case kAvx512: return !neuqi::gemm_avx512(args);
+#endif
+#ifdef NEUQI_HAS_AVX2
+    case kAvx2: return !neuqi::gemm_avx2(args);
+#endif
+    default: return !neuqi::gemm_portable(args);
+  }
+}
+
+// Reads `bytes` (whole chunks of 128 KiB) once and returns a sum of them: the yardstick of the benchmarks.
+NEUQI_EXPORT uint64_t neuqi_cpu_read(const void* data, int64_t bytes, int threads) {
+  Read job{static_cast<const uint64_t*>(data), bytes / 8 / kReadWords};
+  neuqi::team_run(read_chunks, &job, threads);
+  return job.sum;
+}

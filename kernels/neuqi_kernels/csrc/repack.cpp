@@ -1,0 +1,130 @@
+#include "repack.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "scalar.h"
+#include "team.h"
+
+namespace neuqi {
+namespace {
+
+template <int B>
+uint32_t code_at(const uint32_t* words, int index) {
+  int bit = index * B;
+  uint64_t both = words[bit / 32];
+  if (bit % 32 + B > 32) both |= uint64_t(words[bit / 32 + 1]) << 32;
+  return uint32_t(both >> bit % 32) & ((1u << B) - 1);
+}
+
+// One block of 32 codes of one row: B canonical words into the row's lane of B registers.
+template <int B>
+void pack_lane(const uint32_t* words, uint32_t* lane) {
+  uint32_t packed[B] = {};
+#pragma GCC unroll 32
+  for (int i = 0; i < Layout<B>::kSlices; ++i) {
+    const Slice slice = Layout<B>::slice(i);
+    uint32_t mask = (1u << slice.width) - 1;
+    uint32_t even = code_at<B>(words, 2 * slice.pair) >> slice.source & mask;
+    uint32_t odd = code_at<B>(words, 2 * slice.pair + 1) >> slice.source & mask;
+    packed[slice.index] |= (even | odd << 16) << slice.position;
+  }
+  for (int r = 0; r < B; ++r) lane[r * kTile] = packed[r];
+}
+
+template <int B>
+void unpack_lane(const uint32_t* lane, float* codes) {
+  uint32_t pairs[kPairs] = {};
+#pragma GCC unroll 32
+  for (int i = 0; i < Layout<B>::kSlices; ++i) {
+    const Slice slice = Layout<B>::slice(i);
+    uint32_t mask = (1u << slice.width) - 1;
+    pairs[slice.pair] |= (lane[slice.index * kTile] >> slice.position & (mask | mask << 16)) << slice.source;
+  }
+  for (int pair = 0; pair < kPairs; ++pair) {
+    codes[2 * pair] = float(pairs[pair] & 0xFFFF);
+    codes[2 * pair + 1] = float(pairs[pair] >> 16);
+  }
+}
+
+struct Job {
+  const Geometry& geometry;
+  const uint32_t* qweight;
+  const void *scale, *zero;
+  uint8_t* tiles;
+  float* weight;
+  std::atomic<int64_t> next{0};
+};
+
+template <int B>
+void repack_tile(const Job& job, int64_t tile) {
+  const Geometry& geometry = job.geometry;
+  const int64_t groups = geometry.groups(), blocks = geometry.blocks(), words = geometry.k * B / 32;
+  const int bytes = kind_bytes(geometry.scale_kind);
+  const int64_t rows = std::min<int64_t>(kTile, geometry.n - tile * kTile);
+  uint8_t* stream = job.tiles + tile * geometry.tile_bytes();
+  // Rows beyond N stay zero in all three parts, and so contribute nothing.
+  if (rows < kTile) std::memset(stream, 0, size_t(geometry.tile_bytes()));
+  for (int64_t g = 0; g < groups; ++g) {
+    uint8_t* chunk = stream + g * geometry.chunk_bytes();
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t from = ((tile * kTile + row) * groups + g) * bytes;
+      std::memcpy(chunk + row * bytes, static_cast<const char*>(job.scale) + from, size_t(bytes));
+      std::memcpy(chunk + (kTile + row) * bytes, static_cast<const char*>(job.zero) + from, size_t(bytes));
+    }
+    auto* codes = reinterpret_cast<uint32_t*>(chunk + geometry.header_bytes());
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t row = 0; row < rows; ++row)
+        pack_lane<B>(job.qweight + (tile * kTile + row) * words + (g * blocks + block) * B,
+                     codes + block * B * kTile + row);
+  }
+}
+
+template <int B>
+void dequantize_tile(const Job& job, int64_t tile) {
+  const Geometry& geometry = job.geometry;
+  const int64_t rows = std::min<int64_t>(kTile, geometry.n - tile * kTile);
+  for (int64_t g = 0; g < geometry.groups(); ++g) {
+    const uint8_t* chunk = job.tiles + tile * geometry.tile_bytes() + g * geometry.chunk_bytes();
+    auto* codes = reinterpret_cast<const uint32_t*>(chunk + geometry.header_bytes());
+    for (int64_t row = 0; row < rows; ++row) {
+      float scale = load_scalar(chunk, row, geometry.scale_kind);
+      float zero = load_scalar(chunk, kTile + row, geometry.scale_kind);
+      float* to = job.weight + (tile * kTile + row) * geometry.k + g * geometry.group;
+      for (int64_t block = 0; block < geometry.blocks(); ++block, to += kBlock) {
+        unpack_lane<B>(codes + block * B * kTile + row, to);
+        for (int i = 0; i < kBlock; ++i) to[i] = (to[i] - zero) * scale;
+      }
+    }
+  }
+}
+
+template <void (*Tile)(const Job&, int64_t)>
+void work(void* data) {
+  auto& job = *static_cast<Job*>(data);
+  for (int64_t tile; (tile = job.next.fetch_add(1, std::memory_order_relaxed)) < job.geometry.tiles();) Tile(job, tile);
+}
+
+}  // namespace
+
+void repack(const Geometry& geometry, const uint32_t* qweight, const void* scale, const void* zero, uint8_t* tiles,
+            int threads) {
+  Job job{geometry, qweight, scale, zero, tiles, nullptr};
+  void (*run)(void*) = geometry.bits == 2   ? work<repack_tile<2>>
+                       : geometry.bits == 3 ? work<repack_tile<3>>
+                       : geometry.bits == 4 ? work<repack_tile<4>>
+                                            : work<repack_tile<8>>;
+  team_run(run, &job, int(std::min<int64_t>(threads, geometry.tiles())));
+}
+
+void dequantize(const Geometry& geometry, const uint8_t* tiles, float* weight, int threads) {
+  Job job{geometry, nullptr, nullptr, nullptr, const_cast<uint8_t*>(tiles), weight};
+  void (*run)(void*) = geometry.bits == 2   ? work<dequantize_tile<2>>
+                       : geometry.bits == 3 ? work<dequantize_tile<3>>
+                       : geometry.bits == 4 ? work<dequantize_tile<4>>
+                                            : work<dequantize_tile<8>>;
+  team_run(run, &job, int(std::min<int64_t>(threads, geometry.tiles())));
+}
+
+}  // namespace neuqi

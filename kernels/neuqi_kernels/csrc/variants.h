@@ -1,0 +1,13 @@
+// One function per instruction set. Each is compiled with that set's flags and called only where the CPU has it.
+#pragma once
+
+#include "layout.h"
+
+namespace neuqi {
+
+bool gemm_avx512_bf16(const GemmArgs& args);
+bool gemm_avx512(const GemmArgs& args);
+bool gemm_avx2(const GemmArgs& args);
+bool gemm_portable(const GemmArgs& args);
+
+}  // namespace neuqi
