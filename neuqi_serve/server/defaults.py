@@ -23,7 +23,6 @@ KV_CACHE_SHARE = 0.5
 RUNTIME_BYTES = 1 << 30
 # Tokens of a block of vLLM's KV cache on CPUs.
 BLOCK_TOKENS = 128
-SMALL_MACHINE_CORES = 2
 SHUTDOWN_TIMEOUT_SECONDS = 30
 UNIPROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
@@ -37,11 +36,9 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        name = "--" + self.option.replace("_", "-")
-        if self.value is True:
-            return f"{name:<28} {self.reason}"
-        value = _shown(self.value) if self.option.endswith("bytes") else str(self.value).rpartition(".")[2]
-        return f"{name} {value:<{max(1, 27 - len(name))}} {self.reason}"
+        flag = "--" + self.option.replace("_", "-")
+        words = flag if self.value is True else f"{flag} {self.value}"
+        return f"{words:<42} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -123,15 +120,16 @@ def _memory(
             tokens = MAX_MODEL_LEN
             choices.append(Choice("max_model_len", tokens, f"the model allows {longest}, which costs memory"))
     if shape is None:
-        return [*choices, Choice("kv_cache_memory_bytes", budget, "half of the memory beside the weights")]
+        reason = f"{_shown(budget)}, half of what the weights leave"
+        return [*choices, Choice("kv_cache_memory_bytes", budget, reason)]
     if "kv_cache_memory_bytes" not in given:
         _check_fits(machine, weight_bytes, shape.bytes_for(tokens, 1), budget, tokens)
     need = shape.bytes_for(tokens, sequences)
     if need <= budget:
-        reason = f"room for {sequences} requests of {tokens} tokens"
+        reason = f"{_shown(need)}: room for {sequences} requests of {tokens} tokens"
         return [*choices, Choice("kv_cache_memory_bytes", need, reason)]
     full = budget // shape.bytes_for(tokens, 1)
-    reason = f"half of the memory beside the weights: {full} full requests of {tokens} tokens"
+    reason = f"{_shown(budget)}, half of what the weights leave: {full} full requests of {tokens} tokens"
     return [*choices, Choice("kv_cache_memory_bytes", budget, reason)]
 
 

@@ -42,7 +42,7 @@ class NeuqiEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the background tasks; the engine is up by now, the HTTP server not yet."""
         model_name = (args.served_model_name or [args.model])[0]
-        self._start(_watch_server(state, model_name, args))
+        self._start(_watch_server(state, model_name, args, announce=_process_rank(engine_client) <= 0))
         if engine_client is not None:
             metrics = NeuqiMetrics()
             metrics.set_build(VERSION, vllm_version(), _installed("torch"))
@@ -55,7 +55,7 @@ class NeuqiEndpoints:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _watch_server(state: Any, model_name: str, args: Namespace) -> None:
+async def _watch_server(state: Any, model_name: str, args: Namespace, announce: bool) -> None:
     """Set the shutdown deadline as soon as there is a server, and say once that it listens."""
     while getattr(state, "server", None) is None:
         await asyncio.sleep(0.05)
@@ -64,7 +64,7 @@ async def _watch_server(state: Any, model_name: str, args: Namespace) -> None:
         server.config.timeout_graceful_shutdown = GRACEFUL_SHUTDOWN_SECONDS
     while not server.started:
         await asyncio.sleep(0.05)
-    if _single_api_process(args):
+    if announce:
         address = ListenAddress(args.host or "", args.port, args.uds, bool(args.ssl_keyfile))
         print(ready_message(address, model_name), flush=True)
 
@@ -121,10 +121,13 @@ def _installed(distribution: str) -> str:
         return ""
 
 
-def _single_api_process(args: Namespace) -> bool:
-    return getattr(args, "api_server_count", None) in (None, 0, 1)
+def _process_rank(engine_client: Any) -> int:
+    """Return the number of this API process among several; 0 when it is the only one."""
+    parallel_config = getattr(getattr(engine_client, "vllm_config", None), "parallel_config", None)
+    return int(getattr(parallel_config, "_api_process_rank", 0))
 
 
 def _process_label(args: Namespace) -> str:
     # Several API processes share the gauges; each keeps a series of its own.
-    return "api" if _single_api_process(args) else f"api_{os.getpid()}"
+    single = getattr(args, "api_server_count", None) in (None, 0, 1)
+    return "api" if single else f"api_{os.getpid()}"

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neuqi_serve.errors import NeuqiError, UsageError
+from neuqi_serve.errors import UsageError
+from neuqi_serve.server import vllm_start
 from neuqi_serve.server.command_line import (
     DEFAULT_HOST,
     DESCRIPTION,
@@ -41,14 +42,7 @@ _CHOSEN = (
     "shutdown_timeout",
     "tensor_parallel_size",
 )
-
-
-class EngineStartError(NeuqiError):
-    """The engine process ended; the message is its own, and so is the exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+_MODEL_MISSING = "expected MODEL: a folder, a name on the Hugging Face hub, or 'demo'. Try: neuqi serve demo"
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -60,6 +54,10 @@ def serve(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         own_parser().print_help()
         return 0
+    if any(word.startswith("--help=") for word in arguments):
+        parse(arguments)  # prints vLLM's help of a section or flag, ours included, and exits
+    if not arguments:
+        raise UsageError(_MODEL_MISSING)
     early = read_early(arguments)
     if not early.headless:
         early.address.check_free()
@@ -127,13 +125,12 @@ def _start(
     machine: Machine,
     processes: EngineProcesses,
 ) -> int:
-    from neuqi_serve.server import vllm_start
-
     vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
     why_spawned = processes.fork() if machine.runs_on_cpu else "vLLM starts it on accelerators"
     args, given = parse(arguments)
     if model is None:
         model = _check_late(args)
+    vllm_start.check_architecture(model.config)
     own = OwnOptions.from_namespace(args)
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)

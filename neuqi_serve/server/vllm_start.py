@@ -8,9 +8,8 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuqi_serve.errors import NeuqiError
+from neuqi_serve.errors import NeuqiError, UnsupportedModelError
 from neuqi_serve.server.engine_process import EngineProcesses
-from neuqi_serve.server.launch import EngineStartError
 
 # Imported before the fork, so that API and engine process share them; whatever is missing in a vLLM version is
 # imported later by vLLM itself.
@@ -21,6 +20,14 @@ _ENGINE_MODULES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.model_loader.default_loader",
 )
+
+
+class EngineStartError(NeuqiError):
+    """The engine process or vLLM itself gave up; the message is theirs, and so is the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def import_heavy(config: Mapping[str, Any], on_cpu: bool) -> None:
@@ -52,6 +59,27 @@ def _import_model_class(config: Mapping[str, Any]) -> None:
             known.load_model_cls()
 
 
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Refuse a model that vLLM knows neither itself nor through Transformers or code in the checkpoint.
+
+    Raises:
+        UnsupportedModelError: an architecture that nothing here implements.
+    """
+    import transformers
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    names = list(config.get("architectures") or ())
+    if (
+        any(name in ModelRegistry.models or hasattr(transformers, name) for name in names)
+        or "auto_map" in config
+    ):
+        return
+    raise UnsupportedModelError(
+        f"expected an architecture that vLLM or Transformers implements, got {names or 'none'} in config.json. Choose "
+        "another model, or a newer vLLM."
+    )
+
+
 def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
     """Run vLLM's server until it is told to stop.
 
@@ -70,11 +98,19 @@ def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
         except Exception as error:
             failure = processes.failure()
             if failure is None:
-                raise EngineStartError(f"vLLM did not start: {type(error).__name__}: {error}", 1) from error
+                raise EngineStartError(f"vLLM did not start: {_message(error)}", 1) from error
             raise EngineStartError(
                 f"the engine did not start: {failure.kind}: {failure.message}", failure.exit_code
             ) from error
     return 0
+
+
+def _message(error: Exception) -> str:
+    """Return what went wrong; of a pydantic error the messages without its dump of the input."""
+    details = getattr(error, "errors", None)
+    if callable(details):
+        return "; ".join(str(detail.get("msg", detail)) for detail in details())
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

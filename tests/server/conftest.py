@@ -60,7 +60,8 @@ class RunningServer:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
-            if line.startswith("ready:"):
+            # The last line of the announcement.
+            if line.startswith("  curl "):
                 threading.Thread(target=self._drain, daemon=True).start()
                 return
         pytest.fail(f"the server ended with {self.process.wait()}:\n{self.output[-4000:]}")

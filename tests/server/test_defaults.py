@@ -141,6 +141,9 @@ def test_model_max_len_reads_the_known_names() -> None:
 def test_every_choice_prints_its_value_and_reason() -> None:
     for choice in choose_defaults(_machine(), LARGE, GIB, {}):
         line = str(choice)
-        assert line.startswith("--" + choice.option.replace("_", "-"))
+        words = line.split()
+        # What it prints can be given back to change it.
+        assert words[0] == "--" + choice.option.replace("_", "-")
+        assert choice.value is True or words[1] == str(choice.value)
         assert line.endswith(choice.reason)
         assert len(choice.reason) > 10

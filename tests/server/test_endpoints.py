@@ -114,19 +114,26 @@ def test_an_engine_that_stops_is_not_complained_about(
     assert not caplog.records
 
 
-def _watch(args: Namespace, timeout: int | None) -> Any:
+class _Rank(_Client):
+    """One of several API processes."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__([])
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_rank=rank))
+
+
+def _watch(args: Namespace, timeout: int | None, client: _Client | None = None) -> Any:
     server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=timeout), started=False)
     state = SimpleNamespace()
 
     async def run() -> None:
         plugin = endpoints.NeuqiEndpoints()
-        await plugin.init_state(None, state, args)
+        await plugin.init_state(client, state, args)
         await asyncio.sleep(0.1)
         state.server = server
         await asyncio.sleep(0.1)
         server.started = True
         await asyncio.sleep(0.2)
-        assert not plugin._tasks
 
     asyncio.run(run())
     return server
@@ -153,9 +160,11 @@ def test_a_deadline_that_is_set_stays(capsys: pytest.CaptureFixture[str]) -> Non
     assert _watch(ARGS, timeout=77).config.timeout_graceful_shutdown == 77
 
 
-def test_several_api_processes_do_not_all_announce_themselves(capsys: pytest.CaptureFixture[str]) -> None:
-    _watch(Namespace(**{**vars(ARGS), "api_server_count": 2}), timeout=None)
-    assert capsys.readouterr().out == ""
+def test_of_several_api_processes_the_first_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    args = Namespace(**{**vars(ARGS), "api_server_count": 2})
+    for rank in (1, 0, 2):
+        _watch(args, timeout=None, client=_Rank(rank))
+    assert capsys.readouterr().out.count("ready:") == 1
 
 
 def test_the_request_to_try_is_a_shell_command_with_valid_json() -> None:
