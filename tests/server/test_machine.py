@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+from neuqi_serve.server import machine
 from neuqi_serve.server.machine import (
     Machine,
     cgroup_cores,
@@ -55,11 +57,29 @@ def test_memory_used_leaves_out_what_the_kernel_can_drop(tmp_path: Path) -> None
 
 
 def test_this_machine_is_described_within_its_bounds() -> None:
-    machine = detect_machine()
-    assert 1 <= machine.cores <= machine.pinnable_cores == len(os.sched_getaffinity(0))
-    assert 0 < machine.available_bytes <= machine.memory_bytes
+    found = detect_machine()
+    assert 1 <= found.cores <= found.pinnable_cores == len(os.sched_getaffinity(0))
+    assert 0 < found.available_bytes <= found.memory_bytes
 
 
 def test_a_quota_below_the_mask_is_noticed() -> None:
     assert Machine(2, 64, 1 << 30, 1 << 30, True).has_core_quota
     assert not Machine(64, 64, 1 << 30, 1 << 30, True).has_core_quota
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_cpu"), [("0.32.0", False), ("0.32.0+cu130", False), ("0.33.0+cpu", True)]
+)
+def test_vllms_build_decides_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, installed: str, on_cpu: bool
+) -> None:
+    monkeypatch.setattr(machine, "version", lambda name: installed)
+    assert machine.is_cpu_build() == on_cpu
+
+
+def test_the_wheel_for_cpus_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "version", version)
+    assert machine.is_cpu_build()
