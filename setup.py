@@ -25,11 +25,19 @@ from setuptools.modified import newer_group
 
 SOURCES = Path("kernels/neuqi_kernels/csrc")
 # The relative order of operations is part of the result; contraction to fused multiply-adds is wanted.
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics -ffp-contract=fast "
-    "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option"
-).split()
-AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c".split()
+FLAGS = [
+    *(
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-fno-threadsafe-statics",
+    ),
+    *("-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # Macro that says that a file is built, its source, its flags.
 VARIANTS = (
     ("NEUQI_HAS_AVX2", "gemm_avx2.cpp", ["-mavx2", "-mfma"]),
@@ -77,7 +85,9 @@ class BuildLibrary(build_ext):
             return
         command = compiler()
         if command is None:
-            raise RuntimeError("expected the C++ compiler that was there a moment ago, it is gone. Try again.")
+            raise RuntimeError(
+                "expected the C++ compiler that was there a moment ago, it is gone. Try again."
+            )
         jobs, macros = [], []
         if platform.machine() in ("x86_64", "AMD64"):
             for macro, source, flags in VARIANTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "neuqi_cpu_built": (_INT, []),
     "neuqi_cpu_supported": (_INT, []),
     "neuqi_cpu_team_is_shared": (_INT, []),
@@ -31,14 +32,18 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
 def load(path: Path = PATH) -> ctypes.CDLL | str:
     """Return the library, or the reason why there is none."""
     if not path.exists():
-        return "built without a C++ compiler; install g++ (9 or newer) or clang++ and install the package again"
+        return (
+            "built without a C++ compiler; install g++ (9 or newer) or clang++ and install the package again"
+        )
     try:
         library = ctypes.CDLL(str(path))
         abi = library.neuqi_cpu_abi()
     except (OSError, AttributeError) as error:
         return f"{path.name} does not load ({error}); install the package again"
     if abi != ABI:
-        return f"{path.name} was built from other sources (ABI {abi}, expected {ABI}); install the package again"
+        return (
+            f"{path.name} was built from other sources (ABI {abi}, expected {ABI}); install the package again"
+        )
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

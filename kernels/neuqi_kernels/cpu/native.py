@@ -72,7 +72,9 @@ class NativeBackend:
         """
         library, _ = self._require(spec)
         expected = ((spec.n, packed_words(spec.k, spec.bits)), (spec.n, spec.groups), (spec.n, spec.groups))
-        for name, tensor, shape in zip(("qweight", "scale", "zero"), (qweight, scale, zero), expected, strict=True):
+        for name, tensor, shape in zip(
+            ("qweight", "scale", "zero"), (qweight, scale, zero), expected, strict=True
+        ):
             dtype = torch.int32 if name == "qweight" else spec.scale_dtype
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise ValueError(
@@ -166,7 +168,9 @@ class NativeBackend:
     def _require(self, spec: GemmSpec) -> tuple[ctypes.CDLL, int]:
         reason = self.refuse(spec)
         if reason is not None or isinstance(self._loaded, str):
-            raise ValueError(f"expected a layer that cpu_native runs, it refuses: {reason}. Choose another backend.")
+            raise ValueError(
+                f"expected a layer that cpu_native runs, it refuses: {reason}. Choose another backend."
+            )
         return self._loaded
 
     @staticmethod
@@ -184,7 +188,8 @@ class NativeBackend:
         # The library trusts its pointers: a wrong shape must not reach it.
         if kind is None or scale_kind is None:
             raise ValueError(
-                f"expected float32, float16 or bfloat16 activations and scales, got activations {x.dtype}. Convert them."
+                "expected float32, float16 or bfloat16 activations and scales, "
+                f"got activations {x.dtype}. Convert them."
             )
         header = 32 * (4 if scale_kind == 0 else 2)
         words = k // group * (header + group * bits * 2) // 4 if group > 0 else -1
