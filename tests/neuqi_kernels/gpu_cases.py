@@ -82,7 +82,7 @@ def make_tokens(case: Case) -> torch.Tensor:
 
 def chosen_plan(case: Case, target: Target) -> Plan:
     """The plan of the case's shape, with what the case replaces."""
-    chosen = plan(target, case.bits, case.n, case.k, case.m)
+    chosen = plan(target, case.bits, max(case.group_size, 0), case.n, case.k, case.m)
     if case.kernel and case.kernel != chosen.kernel:
         tiles = {"prefill_mm": (64, 128, 4), "decode_mm": (8, 64, 2), "dequant": (0, 64, 4)}[case.kernel]
         chosen = Plan(case.kernel, *tiles, stages=2)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,40 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Interpreter:
-    """The worker process: ask it for a case, get its result."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, str(FOLDER / "gpu_interpreter.py")],
-                env={**os.environ, "TRITON_INTERPRET": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-
-    def run(self, case: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, self.log.read_text()[-4000:]
-        result: dict[str, Any] = json.loads(line)
-        return result
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
-    worker = Interpreter(tmp_path_factory.mktemp("interpreter") / "errors.txt")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    worker_class = runpy.run_path(str(FOLDER / "gpu_worker.py"))["Worker"]
+    worker = worker_class("gpu_interpreter.py", tmp_path_factory.mktemp("interpreter"), TRITON_INTERPRET="1")
     yield worker
     worker.close()
 
@@ -70,7 +37,6 @@ def row(bits: int, group_size: int) -> int:
 
 
 def check(result: dict[str, Any], dtype: str) -> None:
-    assert "exception" not in result, result["exception"]
     assert result["error"] < TOLERANCE[dtype], result
     assert result["counters_zero"]
 
@@ -80,7 +46,7 @@ def check(result: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_product_agrees_with_float64(
-    interpreter: Interpreter, bits: int, group_size: int, dtype: str, m: int
+    interpreter: Any, bits: int, group_size: int, dtype: str, m: int
 ) -> None:
     case = {
         "bits": bits,
@@ -97,7 +63,7 @@ def test_product_agrees_with_float64(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_ptx_computes_what_its_portable_twin_does(
-    interpreter: Interpreter, bits: int, dtype: str, kernel: str
+    interpreter: Any, bits: int, dtype: str, kernel: str
 ) -> None:
     case = {
         "bits": bits,
@@ -117,9 +83,7 @@ def test_the_ptx_computes_what_its_portable_twin_does(
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("m", [2, 40])
-def test_scales_are_read_in_their_own_dtype(
-    interpreter: Interpreter, m: int, dtype: str, scale_dtype: str
-) -> None:
+def test_scales_are_read_in_their_own_dtype(interpreter: Any, m: int, dtype: str, scale_dtype: str) -> None:
     case = {
         "bits": 3,
         "group_size": 64,
@@ -134,9 +98,7 @@ def test_scales_are_read_in_their_own_dtype(
 
 @pytest.mark.parametrize(("m", "split_k"), [(3, 2), (32, 3), (64, 5)])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_parts_of_k_are_added_in_a_fixed_order(
-    interpreter: Interpreter, bits: int, m: int, split_k: int
-) -> None:
+def test_parts_of_k_are_added_in_a_fixed_order(interpreter: Any, bits: int, m: int, split_k: int) -> None:
     case = {"bits": bits, "group_size": 128, "m": m, "n": 130, "k": 1408, "split_k": split_k, "repeat": True}
     result = interpreter.run(case)
     check(result, "float16")
@@ -144,9 +106,7 @@ def test_parts_of_k_are_added_in_a_fixed_order(
 
 
 @pytest.mark.parametrize(("bits", "m"), [(2, 32), (3, 16), (4, 32), (8, 32)])
-def test_a_token_gets_the_same_bits_alone_and_among_others(
-    interpreter: Interpreter, bits: int, m: int
-) -> None:
+def test_a_token_gets_the_same_bits_alone_and_among_others(interpreter: Any, bits: int, m: int) -> None:
     case = {"bits": bits, "group_size": 64, "dtype": "bfloat16", "m": m, "n": 66, "k": 1600, "repeat": True}
     result = interpreter.run(case)
     check(result, "bfloat16")
@@ -154,14 +114,14 @@ def test_a_token_gets_the_same_bits_alone_and_among_others(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_many_tokens_are_multiplied_with_written_out_weights(interpreter: Interpreter, bits: int) -> None:
+def test_many_tokens_are_multiplied_with_written_out_weights(interpreter: Any, bits: int) -> None:
     case = {"bits": bits, "group_size": 32, "m": 2050, "n": 67, "k": row(bits, 32)}
     result = interpreter.run(case)
     check(result, "float16")
     assert result["kernel"] == "dequant"
 
 
-def test_a_layer_without_a_bias(interpreter: Interpreter) -> None:
+def test_a_layer_without_a_bias(interpreter: Any) -> None:
     case = {"bits": 4, "group_size": 128, "m": 2, "n": 64, "k": 256, "bias": False}
     check(interpreter.run(case), "float16")
     check(interpreter.run(case | {"m": 40}), "float16")

@@ -69,8 +69,8 @@ class TritonBackend:
         if m == 0:
             return x.new_empty(*x.shape[:-1], n)
         target = target_of(x.device)
-        chosen = plan(target, bits, n, k, m)
         group = 0 if group_size in (-1, k) else group_size
+        chosen = plan(target, bits, group, n, k, m)
         y = launch.gemm(chosen, target, tokens, qweight, scale, zero, bias, n, bits, group)
         return y.view(*x.shape[:-1], n)
 

@@ -33,7 +33,7 @@ def decode_mm(
     MASK_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """``y [m, n] = x [m, k]·Ŵᵀ + bias`` for m ≤ BLOCK_M; grid (row tiles, split_k).
+    """``y [m, n] = x [m, k]·Ŵᵀ + bias``; grid (row tiles, token blocks, split_k).
 
     The product is computed transposed, ``acc [TILE_ROWS, BLOCK_M]``, so that codes are the matrix operand that stays
     in registers and tokens are the short side. Per group, ``Σ scale·(q − zero)·x`` is
@@ -51,8 +51,8 @@ def decode_mm(
     TILE_WORDS: tl.constexpr = RUNS * TILE_ROWS * RUN
 
     row_tile = tl.program_id(0)
-    part = tl.program_id(1)
-    tokens = tl.arange(0, BLOCK_M)
+    part = tl.program_id(2)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     lanes = tl.arange(0, RUN)
     padded_n = tl.num_programs(0) * TILE_ROWS
@@ -92,7 +92,7 @@ def decode_mm(
         y_ptr,
         bias_ptr,
         partial_ptr,
-        counter_ptr + row_tile,
+        counter_ptr + tl.program_id(1) * tl.num_programs(0) + row_tile,
         tokens,
         rows,
         part,

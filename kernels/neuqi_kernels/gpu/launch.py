@@ -13,6 +13,26 @@ from neuqi_kernels.gpu.prefill import dequant, prefill_mm
 _DENSE_ELEMENTS = 1 << 26
 
 
+def constants(
+    chosen: Plan, target: Target, bits: int, group: int, k: int, pair_dtype: torch.dtype, has_bias: bool
+) -> dict[str, int | bool]:
+    """Return what a product kernel is compiled for, and its warps."""
+    options: dict[str, int | bool] = {
+        "BITS": bits,
+        "GROUP": group,
+        "BLOCK_M": chosen.block_m,
+        "TILE_ROWS": TILE_ROWS,
+        "RUN": RUN,
+        "STAGES": chosen.stages,
+        "PAIR_HALF": pair_dtype == torch.float16,
+        "HAS_BIAS": has_bias,
+        "MASK_K": k % tile_features(bits) != 0,
+        "ASM": target.inline_asm,
+        "num_warps": chosen.warps,
+    }
+    return options | {"BLOCK_N": chosen.block_n} if chosen.kernel == "prefill_mm" else options
+
+
 def gemm(
     chosen: Plan,
     target: Target,
@@ -35,19 +55,6 @@ def gemm(
     partial = torch.empty(
         chosen.split_k * m * n if chosen.split_k > 1 else 0, dtype=torch.float32, device=x.device
     )
-    constants = {
-        "BITS": bits,
-        "GROUP": group,
-        "BLOCK_M": chosen.block_m,
-        "TILE_ROWS": TILE_ROWS,
-        "RUN": RUN,
-        "STAGES": chosen.stages,
-        "PAIR_HALF": pairs.dtype == torch.float16,
-        "HAS_BIAS": bias is not None,
-        "MASK_K": k % tile_features(bits) != 0,
-        "ASM": target.inline_asm,
-        "num_warps": chosen.warps,
-    }
     tensors = (
         x,
         words,
@@ -57,13 +64,12 @@ def gemm(
         partial,
         counters,
     )
+    options = constants(chosen, target, bits, group, k, pairs.dtype, bias is not None)
+    grid = (-(-n // chosen.block_n), -(-m // chosen.block_m), chosen.split_k)
     if chosen.kernel == "decode_mm":
-        decode_mm[(words.shape[0], chosen.split_k)](*tensors, m, n, k, chosen.split_k, **constants)
+        decode_mm[grid](*tensors, m, n, k, chosen.split_k, **options)
     else:
-        grid = (-(-n // chosen.block_n), -(-m // chosen.block_m), chosen.split_k)
-        prefill_mm[grid](
-            *tensors, m, n, k, words.shape[0], chosen.split_k, BLOCK_N=chosen.block_n, **constants
-        )
+        prefill_mm[grid](*tensors, m, n, k, words.shape[0], chosen.split_k, **options)
     return y
 
 
