@@ -294,6 +294,8 @@ def test_gemm_refuses_what_would_read_foreign_memory() -> None:
         NATIVE.gemm(x, *layer.prepared, None, 17, 4, 32)
     with pytest.raises(ValueError, match="groups of 64"):
         NATIVE.gemm(x, *layer.prepared, None, 17, 3, 64)
+    with pytest.raises(ValueError, match="groups that divide K=64, got groups of 48"):
+        NATIVE.gemm(x, *layer.prepared, None, 17, 3, 48)
     with pytest.raises(ValueError, match="K=96"):
         NATIVE.gemm(activations(2, 96, torch.bfloat16), *layer.prepared, None, 17, 3, 32)
     with pytest.raises(ValueError, match=r"expected bias as contiguous float \[17\]"):

@@ -115,21 +115,26 @@ class NativeBackend:
         Raises:
             ValueError: the tensors do not belong together, a dtype is not supported, or memory is short.
         """
-        k = x.shape[-1]
-        group = k if group_size == -1 else group_size
-        kind, scale_kind = KINDS.get(x.dtype), KINDS.get(scale.dtype)
-        self._check(x, qweight, bias, n, k, bits, group, kind, scale_kind)
         loaded = self._loaded
         if isinstance(loaded, str):
             raise ValueError(f"expected a usable backend, cpu_native refuses: {loaded}. Choose another.")
         library, isa = loaded
+        *batch, k = x.shape
+        shape, group, kind, scale_kind = _call_plan(n, k, bits, group_size, x.dtype, scale.dtype)
+        # The library trusts its pointers: a wrong shape must not reach it.
+        if qweight.shape != shape or not qweight.is_contiguous():
+            raise ValueError(
+                f"expected weights prepared for N={n}, K={k}, {bits} bits and groups of {group} as contiguous "
+                f"{list(shape)}, got {list(qweight.shape)}. Prepare them with the same spec."
+            )
+        bias_pointer, bias_kind = (None, 0) if bias is None else _bias(bias, n)
         x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], n))
+        y = torch.empty((*batch, n), dtype=x.dtype)
         failed = library.neuqi_cpu_gemm(
             isa,
             x.data_ptr(),
             qweight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            bias_pointer,
             y.data_ptr(),
             x.numel() // k,
             n,
@@ -138,7 +143,7 @@ class NativeBackend:
             group,
             kind,
             scale_kind,
-            0 if bias is None else KINDS[bias.dtype],
+            bias_kind,
             torch.get_num_threads(),
         )
         if failed:
@@ -173,35 +178,33 @@ class NativeBackend:
             )
         return self._loaded
 
-    @staticmethod
-    def _check(
-        x: torch.Tensor,
-        qweight: torch.Tensor,
-        bias: torch.Tensor | None,
-        n: int,
-        k: int,
-        bits: int,
-        group: int,
-        kind: int | None,
-        scale_kind: int | None,
-    ) -> None:
-        # The library trusts its pointers: a wrong shape must not reach it.
-        if kind is None or scale_kind is None:
-            raise ValueError(
-                "expected float32, float16 or bfloat16 activations and scales, "
-                f"got activations {x.dtype}. Convert them."
-            )
-        header = 32 * (4 if scale_kind == 0 else 2)
-        words = k // group * (header + group * bits * 2) // 4 if group > 0 else -1
-        if k % group or qweight.shape != (-(-n // _TILE), words) or not qweight.is_contiguous():
-            raise ValueError(
-                f"expected weights prepared for N={n}, K={k}, {bits} bits and groups of {group} as contiguous "
-                f"[{-(-n // _TILE)}, {words}], got {list(qweight.shape)}. Prepare them with the same spec."
-            )
-        if bias is not None and (bias.shape != (n,) or bias.dtype not in KINDS or not bias.is_contiguous()):
-            raise ValueError(
-                f"expected bias as contiguous float [{n}], got {bias.dtype} {list(bias.shape)}. Convert it."
-            )
+
+@functools.cache
+def _call_plan(
+    n: int, k: int, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> tuple[tuple[int, int], int, int, int]:
+    """Return the shape of the prepared weights, the group size and the kinds of activations and scales."""
+    if dtype not in KINDS or scale_dtype not in KINDS:
+        raise ValueError(
+            f"expected float32, float16 or bfloat16 activations and scales, got activations {dtype} and scales "
+            f"{scale_dtype}. Convert them."
+        )
+    group = k if group_size == -1 else group_size
+    if group <= 0 or k % group:
+        raise ValueError(
+            f"expected groups that divide K={k}, got groups of {group}. Were they prepared for it?"
+        )
+    header = 2 * _TILE * scale_dtype.itemsize
+    words = k // group * (header + group * bits * _TILE // 8) // 4
+    return (-(-n // _TILE), words), group, KINDS[dtype], KINDS[scale_dtype]
+
+
+def _bias(bias: torch.Tensor, n: int) -> tuple[int, int]:
+    if bias.shape != (n,) or bias.dtype not in KINDS or not bias.is_contiguous():
+        raise ValueError(
+            f"expected bias as contiguous float [{n}], got {bias.dtype} {list(bias.shape)}. Convert it."
+        )
+    return bias.data_ptr(), KINDS[bias.dtype]
 
 
 NATIVE = NativeBackend()

@@ -1,5 +1,9 @@
 #include "repack.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -106,10 +110,24 @@ void work(void* data) {
   for (int64_t tile; (tile = job.next.fetch_add(1, std::memory_order_relaxed)) < job.geometry.tiles();) Tile(job, tile);
 }
 
+// Large pages, where the system gives them on request: a stream of weights then misses the TLB 512 times less often.
+void ask_for_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / kPage * kPage;
+  // A refusal only means small pages.
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 void repack(const Geometry& geometry, const uint32_t* qweight, const void* scale, const void* zero, uint8_t* tiles,
             int threads) {
+  ask_for_large_pages(tiles, geometry.tiles() * geometry.tile_bytes());
   Job job{geometry, qweight, scale, zero, tiles, nullptr};
   void (*run)(void*) = geometry.bits == 2   ? work<repack_tile<2>>
                        : geometry.bits == 3 ? work<repack_tile<3>>
