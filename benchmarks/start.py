@@ -156,7 +156,7 @@ def contenders(
         "unquantized": ([str(NEUQI), "serve", model, "--no-quantize", *name], {}, "m"),
     }
     if not arguments.no_stock:
-        stock = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", model, *name]
+        stock = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model, *name]
         # Without this vLLM takes 92 % of the memory as KV cache and touches it, which is another matter.
         stock += ["--kv-cache-memory-bytes", str(STOCK_KV_BYTES), "--host", "127.0.0.1"]
         found["stock vLLM"] = (stock, {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}, "m")
