@@ -14,7 +14,8 @@ import pytest
 FOLDER = Path(__file__).resolve().parent
 TABLE = json.loads((FOLDER / "gpu_instructions.json").read_text())
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-ALL_BITS = (2, 3, 4, 8)
+# A compilation takes about a second, so that the formats near a limit go to every architecture and the others to one.
+LOW_BITS = (2, 3, 4)
 # The same source may cost a few instructions more or less with the registers that the assembler happens to pick.
 INSTRUCTION_TOLERANCE = 0.05
 
@@ -38,8 +39,9 @@ def check(result: dict[str, Any]) -> None:
     assert result["shared"] <= result["shared_limit"]
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("arch", "bits"), [*((arch, bits) for arch in ARCHITECTURES for bits in LOW_BITS), ("sm_90", 8)]
+)
 def test_decode_takes_a_weight_apart_in_as_few_instructions_as_the_table_says(
     compiler: Any, arch: str, bits: int
 ) -> None:
@@ -56,8 +58,9 @@ def test_decode_takes_a_weight_apart_in_as_few_instructions_as_the_table_says(
     assert result["instructions_per_weight"] <= expected * (1 + INSTRUCTION_TOLERANCE)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("arch", "bits"), [("sm_80", 2), ("sm_80", 3), ("sm_90", 2), ("sm_90", 3), ("sm_100", 3), ("sm_120", 3)]
+)
 def test_decode_of_32_tokens_keeps_its_registers(compiler: Any, arch: str, bits: int) -> None:
     result = compiler.run({"arch": arch, "bits": bits, "m": 32})
     check(result)
@@ -67,7 +70,7 @@ def test_decode_of_32_tokens_keeps_its_registers(compiler: Any, arch: str, bits:
 
 @pytest.mark.parametrize(
     ("arch", "bits"),
-    [*((arch, bits) for arch in ARCHITECTURES for bits in (2, 3)), ("sm_90", 4), ("sm_90", 8)],
+    [*((arch, 3) for arch in ARCHITECTURES), ("sm_89", 2), ("sm_90", 2), ("sm_90", 4), ("sm_90", 8)],
 )
 def test_prefill_keeps_weights_in_registers(compiler: Any, arch: str, bits: int) -> None:
     result = compiler.run({"arch": arch, "bits": bits, "m": 200})
@@ -88,11 +91,9 @@ def test_dequant_compiles(compiler: Any, bits: int) -> None:
         {"arch": "sm_86", "bits": 2, "dtype": "float16"},
         {"arch": "sm_90", "bits": 3, "dtype": "float16", "group": 32},
         {"arch": "sm_86", "bits": 3, "dtype": "float16", "group": 32},
-        {"arch": "sm_80", "bits": 4, "dtype": "float16", "m": 100},
         {"arch": "sm_90", "bits": 8, "dtype": "float16", "group": 0},
         {"arch": "sm_86", "bits": 3, "k": 4096 + 32, "group": 0},
         {"arch": "sm_90", "bits": 4, "group": 64, "m": 12},
-        {"arch": "sm_100", "bits": 4, "m": 32},
         {"arch": "sm_100", "bits": 4, "m": 200},
     ],
     ids=str,
@@ -103,7 +104,7 @@ def test_other_formats_compile(compiler: Any, changes: dict[str, Any]) -> None:
     assert result["matrix"] > 0
 
 
-@pytest.mark.parametrize(("bits", "m"), [(3, 1), (4, 1), (2, 200)])
+@pytest.mark.parametrize(("bits", "m"), [(3, 1), (4, 200)])
 def test_the_portable_code_compiles_for_amd(compiler: Any, bits: int, m: int) -> None:
     result = compiler.run({"arch": "gfx942", "bits": bits, "m": m})
     check(result)

@@ -32,8 +32,8 @@ _WIDE_SHARED_BYTES = 160 * 1024
 class Target:
     """A GPU as the rules see it.
 
-    ``capability``: 90 for sm_90, 0 for AMD's; ``shared_bytes``: most that one program may use; ``inline_asm``: whether it
-    takes PTX.
+    ``capability``: 90 for sm_90, 0 for AMD's; ``shared_bytes``: most that one program may use; ``inline_asm``:
+    whether it takes PTX.
     """
 
     capability: int
