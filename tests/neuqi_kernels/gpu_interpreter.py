@@ -1,9 +1,9 @@
 """A process that runs the GPU kernels in Triton's interpreter: a case per line in, its result per line out, both JSON.
 
 The interpreter replaces ``triton.jit`` for the whole process when Triton is first imported, so it cannot share the
-process of the other tests. Three things that the interpreter lacks are added here: rounding to bf16 (it truncates),
-bf16 products (it multiplies the bit patterns), and inline PTX (it refuses), for which the few instructions of the
-kernels are evaluated from their own text.
+process of the other tests. Three things that the interpreter lacks are added here: bf16 constants and rounding to bf16
+(it fails or truncates), bf16 products (it multiplies the bit patterns), and inline PTX (it refuses), for which the few
+instructions of the kernels are evaluated from their own text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def to_bfloat16(values: np.ndarray) -> Any:
 
 
 def install() -> None:
-    """Replace the three builder functions."""
+    """Replace the functions of the builder."""
     original_cast = Builder.cast_impl
 
     def cast(self: Any, source: Any, target: Any) -> Any:
@@ -77,6 +77,7 @@ def install() -> None:
     Builder.cast_impl = cast
     Builder.binary_op = arithmetic_refused
     Builder.create_dot = dot
+    Builder.get_bf16 = lambda self, value: to_bfloat16(np.array([value]))
     Builder.create_inline_asm = inline_asm
 
 

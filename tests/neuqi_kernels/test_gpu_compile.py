@@ -59,7 +59,7 @@ def test_decode_takes_a_weight_apart_in_as_few_instructions_as_the_table_says(
 
 
 @pytest.mark.parametrize(
-    ("arch", "bits"), [("sm_80", 2), ("sm_80", 3), ("sm_90", 2), ("sm_90", 3), ("sm_100", 3), ("sm_120", 3)]
+    ("arch", "bits"), [("sm_80", 2), ("sm_80", 3), ("sm_90", 2), ("sm_100", 3), ("sm_120", 3)]
 )
 def test_decode_of_32_tokens_keeps_its_registers(compiler: Any, arch: str, bits: int) -> None:
     result = compiler.run({"arch": arch, "bits": bits, "m": 32})
@@ -70,7 +70,7 @@ def test_decode_of_32_tokens_keeps_its_registers(compiler: Any, arch: str, bits:
 
 @pytest.mark.parametrize(
     ("arch", "bits"),
-    [*((arch, 3) for arch in ARCHITECTURES), ("sm_89", 2), ("sm_90", 2), ("sm_90", 4), ("sm_90", 8)],
+    [*((arch, 3) for arch in ARCHITECTURES), ("sm_89", 2), ("sm_90", 2), ("sm_90", 4)],
 )
 def test_prefill_keeps_weights_in_registers(compiler: Any, arch: str, bits: int) -> None:
     result = compiler.run({"arch": arch, "bits": bits, "m": 200})
@@ -80,19 +80,18 @@ def test_prefill_keeps_weights_in_registers(compiler: Any, arch: str, bits: int)
     assert result["tensor_memory"] == 0
 
 
-@pytest.mark.parametrize("bits", [3, 8])
-def test_dequant_compiles(compiler: Any, bits: int) -> None:
-    check(compiler.run({"arch": "sm_90", "bits": bits, "kernel": "dequant"}))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_dequant_compiles(compiler: Any, arch: str) -> None:
+    check(compiler.run({"arch": arch, "bits": 3, "kernel": "dequant"}))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"arch": "sm_86", "bits": 2, "dtype": "float16"},
         {"arch": "sm_90", "bits": 3, "dtype": "float16", "group": 32},
         {"arch": "sm_86", "bits": 3, "dtype": "float16", "group": 32},
-        {"arch": "sm_90", "bits": 8, "dtype": "float16", "group": 0},
         {"arch": "sm_86", "bits": 3, "k": 4096 + 32, "group": 0},
+        {"arch": "sm_90", "bits": 8, "m": 64, "group": 0},
         {"arch": "sm_90", "bits": 4, "group": 64, "m": 12},
         {"arch": "sm_100", "bits": 4, "m": 200},
     ],
@@ -104,8 +103,7 @@ def test_other_formats_compile(compiler: Any, changes: dict[str, Any]) -> None:
     assert result["matrix"] > 0
 
 
-@pytest.mark.parametrize(("bits", "m"), [(3, 1), (4, 200)])
-def test_the_portable_code_compiles_for_amd(compiler: Any, bits: int, m: int) -> None:
-    result = compiler.run({"arch": "gfx942", "bits": bits, "m": m})
+def test_the_portable_code_compiles_for_amd(compiler: Any) -> None:
+    result = compiler.run({"arch": "gfx942", "bits": 3})
     check(result)
     assert result["matrix"] > 0

@@ -33,7 +33,8 @@ class TritonBackend:
         """Return planar words, fused scale and zero-point pairs, and the counters of split products.
 
         Words ``int16 [row tiles, K tiles, runs, 64, 32]``, pairs ``[G, N, 2]`` filled up to whole tiles in the scale's
-        dtype, counters ``int32`` zeros.
+        dtype, counters ``int32`` zeros. The counters belong to one product at a time: a layer may not run in two
+        streams at once.
 
         Raises:
             ValueError: the layer is not one that the kernels take.

@@ -1,4 +1,4 @@
-"""Starts the kernels: grids, strides and constants. The only module here that imports Triton code."""
+"""Starts the kernels: grids, constants, scratch. The backend imports it at the first product, and Triton with it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Which kernel runs a product, with what tiles: a pure function of the GPU, the layer and the number of tokens.
 
-There is no tuning at run time, so nothing is slow at first and the same call gives the same bits everywhere. The rules
-come from the machine code (registers, shared memory, instructions per weight) and from the size of the grid.
+There is no tuning at run time: no search delays the first calls, and the same call gives the same bits in every
+process. The rules come from the machine code (registers, shared memory, instructions per weight) and from the size of
+the grid.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from neuqi_kernels.gpu.planar import RUN, RUNS, TILE_ROWS, feature_tiles, row_ti
 
 # Up to this many tokens the codes enter the product as they are; beyond, each weight is de-quantized for it.
 DECODE_TOKENS = 32
-# Beyond this many tokens writing the weights out once costs less than a dense product of the vendor gains.
+# Beyond this many tokens the weights are written out for torch's dense product. Whether it is the right place to hand
+# over is for benchmarks/gpu_kernels.py to show on the GPU at hand.
 DENSE_TOKENS = 2048
 # The fifth-generation matrix units (sm_100 to sm_119) take no operand from registers, so that the fused product runs
 # on the older instructions there.

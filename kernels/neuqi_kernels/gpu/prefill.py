@@ -9,7 +9,7 @@ from neuqi_kernels.gpu.codes import code_offset, load_tokens, plane_value, split
 from neuqi_kernels.gpu.finish import finish
 
 
-@triton.jit(do_not_specialize=["m", "split_k"])
+@triton.jit(do_not_specialize=["m", "row_tiles", "split_k"])
 def prefill_mm(
     x_ptr,
     words_ptr,
@@ -104,7 +104,7 @@ def prefill_mm(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles", "first_tile"])
 def dequant(
     words_ptr,
     pair_ptr,
