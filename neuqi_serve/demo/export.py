@@ -72,7 +72,8 @@ def _documents(network: Network) -> dict[str, dict[str, object]]:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    generation: dict[str, object] = {"do_sample": False, "max_new_tokens": 128, **ids}
+    # transformers decodes greedily for do_sample, vLLM for the temperature: without it vLLM samples at 1.
+    generation: dict[str, object] = {"do_sample": False, "temperature": 0.0, "max_new_tokens": 128, **ids}
     return {
         "config.json": config, "tokenizer_config.json": tokenizer_config, "generation_config.json":
         generation,

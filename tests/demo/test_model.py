@@ -130,3 +130,10 @@ def test_a_second_question_in_a_chat_and_a_system_message(model: Any, tokenizer:
     assert "NeUQI demo" in first
     chat += [{"role": "assistant", "content": first}, {"role": "user", "content": "What is 2 + 3?"}]
     assert ask(model, tokenizer, chat) == "2 + 3 = 5."
+
+
+def test_answers_are_greedy_by_default_in_vllm_too() -> None:
+    """vLLM takes its default temperature from this file, and 1 where the file has none."""
+    generation = json.loads((model_path() / "generation_config.json").read_text())
+    assert generation["temperature"] == 0.0
+    assert generation["do_sample"] is False
