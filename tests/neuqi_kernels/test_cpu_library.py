@@ -100,5 +100,5 @@ def test_the_kernel_shares_the_threads_of_torch() -> None:
 @needs_library
 def test_read_adds_up_every_word() -> None:
     loaded = library.load()
-    words = torch.randint(0, 1 << 60, (3 << 14,), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(0, 1 << 60, (3 << 17,), generator=torch.Generator().manual_seed(0))
     assert loaded.neuqi_cpu_read(words.data_ptr(), words.nbytes, 2) == int(words.sum()) % (1 << 64)

@@ -13,10 +13,12 @@
 namespace neuqi {
 namespace {
 
-// Tokens whose prepared activations exist at once: bounds the scratch memory of a long prompt.
-constexpr int64_t kChunkTokens = 256;
+// Rows (tokens times parts) whose prepared activations exist at once: bounds the scratch memory of a long prompt.
+constexpr int64_t kChunkRows = 512;
 // Input features that one preparation task covers at least.
 constexpr int64_t kPrepareFeatures = 1024;
+// Threads that may have a range of the work of their own; more share these.
+constexpr int kMostRanges = 64;
 // Input features that are unpacked at once when several panels use them: their bf16 codes stay in the L1 cache.
 constexpr int64_t kMostSpan = 256;
 
@@ -27,17 +29,26 @@ struct Panel {
   int tokens, rows;
 };
 
+// Units of work of one thread, until others help; on a cache line of its own.
+struct alignas(64) Range {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
 template <class V>
 struct Job {
   const GemmArgs& args;
   int64_t first_token, tokens;
-  int parts = 1, panel_tokens = 1, unit_tiles = 1;
+  int parts = 1, panel_tokens = 1, unit_tiles = kStrip;
   // `span`: input features per sum of activations; a whole group, or a part of it when spans are unpacked once.
   int64_t panels = 0, span = 0, spans_per_task = 1, tasks_per_panel = 1, units = 0;
   // Prepared activations [span][panel][…][row of the panel], and their sums [span][row].
   typename V::X* xs = nullptr;
   float* sums = nullptr;
-  std::atomic<int64_t> next_task{0}, finished_tasks{0}, next_unit{0};
+  std::atomic<int64_t> next_task{0}, finished_tasks{0};
+  int ranges = 1;
+  std::atomic<int> next_range{0};
+  Range range[kMostRanges] = {};
 
   int64_t rows() const { return tokens * parts; }
   int most_rows() const { return panel_tokens * parts; }
@@ -66,14 +77,24 @@ void prepare_task(const Job<V>& job, int64_t task) {
                       job.span_sums(span, panel) + token * job.parts);
 }
 
-// Sums the parts of each token of a panel, adds the bias and writes the rows of one tile that exist.
+// Sums the parts of each token, adds the bias and writes the rows of `count` tiles that exist. Neighbouring tiles of a
+// token share a cache line, so they are written one after the other.
 template <class V>
-void write_tile(const Job<V>& job, const Panel& panel, int64_t first, const float* bias, const float* y) {
+void write_tiles(const Job<V>& job, int64_t tile, int count, const float* y) {
   const GemmArgs& args = job.args;
-  int count = int(std::min<int64_t>(kTile, args.geometry.n - first));
-  int64_t index = panel.first_token * args.geometry.n + first;
-  for (int token = 0; token < panel.tokens; ++token, index += args.geometry.n, y += job.parts * kTile)
-    V::store(args.y, index, args.x_kind, y, job.parts, bias, count);
+  alignas(64) float bias[V::kMostTiles * kTile] = {};
+  int64_t first = tile * kTile, features = std::min<int64_t>(count * kTile, args.geometry.n - first);
+  if (args.bias)
+    for (int64_t i = 0; i < features; ++i) bias[i] = load_scalar(args.bias, first + i, args.bias_kind);
+  for (int64_t index = 0; index < job.panels; ++index) {
+    Panel panel = job.panel(index);
+    const float* rows = y + panel.first_row * count * kTile;
+    for (int token = 0; token < panel.tokens; ++token)
+      for (int i = 0; i < count; ++i)
+        V::store(args.y, (panel.first_token + token) * args.geometry.n + first + i * kTile, args.x_kind,
+                 rows + (i * panel.rows + token * job.parts) * kTile, job.parts, bias + i * kTile,
+                 int(std::min<int64_t>(kTile, features - i * kTile)));
+  }
 }
 
 template <class V>
@@ -83,23 +104,15 @@ void multiply_unit(const Job<V>& job, int64_t unit) {
   int64_t last = std::min(tile + job.unit_tiles, geometry.tiles());
   alignas(64) float y[V::kMostFloats];
   for (int count; tile < last; tile += count) {
-    count = V::tiles_at_once(job.most_rows(), last - tile);
-    V::multiply(job, job.args.weights + tile * geometry.tile_bytes(), count, y);
-    for (int i = 0; i < count; ++i) {
-      int64_t first = (tile + i) * kTile;
-      alignas(64) float bias[kTile] = {};
-      for (int lane = 0; job.args.bias && lane < kTile && first + lane < geometry.n; ++lane)
-        bias[lane] = load_scalar(job.args.bias, first + lane, job.args.bias_kind);
-      for (int64_t index = 0; index < job.panels; ++index) {
-        Panel panel = job.panel(index);
-        write_tile(job, panel, first, bias, y + (panel.first_row * count + i * panel.rows) * kTile);
-      }
-    }
+    count = V::tiles_at_once(job, std::min(last, geometry.strip_end(tile)) - tile);
+    V::multiply(job, geometry.position(tile), count, y);
+    write_tiles(job, tile, count, y);
   }
 }
 
-// Threads take tasks from a counter, so a thread that the system stops for a while does not hold up the others, and
-// the result does not depend on who computes what.
+// Each thread walks through a range of its own, one long stream of weights, and then helps with the others: a thread
+// that the system stops for a while does not hold up the rest, any number of threads may come, and the result does not
+// depend on who computes what.
 template <class V>
 void work(void* data) {
   auto& job = *static_cast<Job<V>*>(data);
@@ -109,8 +122,12 @@ void work(void* data) {
     job.finished_tasks.fetch_add(1, std::memory_order_release);
   }
   while (job.finished_tasks.load(std::memory_order_acquire) < tasks) V::pause();
-  for (int64_t unit; (unit = job.next_unit.fetch_add(1, std::memory_order_relaxed)) < job.units;)
-    multiply_unit(job, unit);
+  int first = job.next_range.fetch_add(1, std::memory_order_relaxed);
+  for (int i = 0; i < job.ranges; ++i) {
+    Range& range = job.range[(first + i) % job.ranges];
+    for (int64_t unit; (unit = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+      multiply_unit(job, unit);
+  }
 }
 
 template <class V>
@@ -124,12 +141,19 @@ void multiply_chunk(const GemmArgs& args, int64_t first_token, int64_t tokens, v
   job.span = V::span(geometry.group, job.panels);
   job.spans_per_task = std::max<int64_t>(1, kPrepareFeatures / job.span);
   job.tasks_per_panel = (geometry.k / job.span + job.spans_per_task - 1) / job.spans_per_task;
-  job.unit_tiles = V::tiles_at_once(job.most_rows(), V::kMostTiles);
+  // Parts of a strip where there are too few strips for all threads.
+  job.unit_tiles = kStrip;
   while (job.unit_tiles > 1 && geometry.tiles() < int64_t(job.unit_tiles) * args.threads * 2) job.unit_tiles /= 2;
   job.units = (geometry.tiles() + job.unit_tiles - 1) / job.unit_tiles;
   job.xs = static_cast<typename V::X*>(scratch);
   job.sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + xs_bytes);
-  team_run(work<V>, &job, int(std::min<int64_t>(args.threads, job.units)));
+  int threads = int(std::min<int64_t>(args.threads, job.units));
+  job.ranges = std::max(1, std::min(threads, kMostRanges));
+  for (int i = 0; i < job.ranges; ++i) {
+    job.range[i].next = job.units * i / job.ranges;
+    job.range[i].end = job.units * (i + 1) / job.ranges;
+  }
+  team_run(work<V>, &job, threads);
 }
 
 // The largest part of a group that is at most kMostSpan features, in whole blocks.
@@ -143,16 +167,16 @@ inline int64_t part_of_group(int64_t group) {
 template <class V>
 bool gemm(const GemmArgs& args) {
   const Geometry& geometry = args.geometry;
-  int64_t tokens = std::min(args.m, kChunkTokens);
-  int64_t rows = tokens * V::parts(args.x_kind);
+  const int64_t chunk = kChunkRows / V::parts(args.x_kind);
+  int64_t rows = std::min(args.m, chunk) * V::parts(args.x_kind);
   int64_t xs_bytes = rows * (geometry.k / kBlock) * V::kXPerBlock * int64_t(sizeof(typename V::X));
   xs_bytes = (xs_bytes + 63) / 64 * 64;
   int64_t sums = rows * (geometry.k / V::span(geometry.group, args.m));
   int64_t bytes = (xs_bytes + sums * int64_t(sizeof(float)) + 63) / 64 * 64;
   void* scratch = std::aligned_alloc(64, size_t(bytes));
   if (!scratch) return false;
-  for (int64_t first = 0; first < args.m; first += kChunkTokens)
-    multiply_chunk<V>(args, first, std::min(kChunkTokens, args.m - first), scratch, xs_bytes);
+  for (int64_t first = 0; first < args.m; first += chunk)
+    multiply_chunk<V>(args, first, std::min(chunk, args.m - first), scratch, xs_bytes);
   std::free(scratch);
   return true;
 }

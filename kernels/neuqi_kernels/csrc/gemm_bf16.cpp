@@ -18,9 +18,6 @@ namespace {
 #define NEUQI_INLINE inline __attribute__((always_inline))
 #define NEUQI_UNROLL _Pragma("GCC unroll 32")
 
-// Bytes that a tile's stream is fetched ahead of its use.
-constexpr int64_t kAhead = 2048;
-
 NEUQI_INLINE __m512 load16(const void* data, int64_t index, int kind) {
   if (kind == kFloat32) return _mm512_loadu_ps(static_cast<const float*>(data) + index);
   __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + index));
@@ -57,9 +54,11 @@ struct Registers {
 };
 
 template <int T>
-NEUQI_INLINE Registers<T> load_registers(const uint8_t* const (&codes)[T], int index) {
+NEUQI_INLINE Registers<T> load_registers(const uint8_t* codes, int64_t stride, int index) {
   Registers<T> raw;
-  NEUQI_UNROLL for (int t = 0; t < T; ++t) raw.of[t] = _mm512_loadu_si512(codes[t] + index * kRegisterBytes);
+  // Four tiles are a whole strip, whose distance is known here.
+  const uint8_t* from = codes + index * (T == kStrip ? T * kRegisterBytes : stride);
+  NEUQI_UNROLL for (int t = 0; t < T; ++t) raw.of[t] = _mm512_loadu_si512(from + t * kRegisterBytes);
   return raw;
 }
 
@@ -86,7 +85,8 @@ NEUQI_INLINE Registers<T> pick(int mask, const Registers<T>& set, const Register
   return result;
 }
 
-// `block(codes, take)` unpacks a block of 32 input features and hands each pair of codes to `take(pair, values)`.
+// `block(codes, take)` unpacks a block of 32 input features and hands them to `take(field, pair, values)`, a pair of
+// codes or of halves of codes at a time.
 template <int B, int T>
 struct Unpacker;
 
@@ -97,13 +97,13 @@ struct Unpacker<2, T> {
 
   template <class Take>
   NEUQI_INLINE void two(int pair, const Registers<T>& view, Take& take) const {
-    take(pair, look_up(low, view));
-    take(pair + 1, look_up(high, view));
+    take(pair, pair, look_up(low, view));
+    take(pair + 1, pair + 1, look_up(high, view));
   }
   template <class Take>
-  NEUQI_INLINE void block(const uint8_t* const (&codes)[T], Take& take) const {
+  NEUQI_INLINE void block(const uint8_t* codes, int64_t stride, Take& take) const {
     NEUQI_UNROLL for (int r = 0; r < 2; ++r) {
-      Registers<T> raw = load_registers<T>(codes, r);
+      Registers<T> raw = load_registers<T>(codes, stride, r);
       two(8 * r, raw, take);
       two(8 * r + 2, shifted<4>(raw), take);
       two(8 * r + 4, shifted<8>(raw), take);
@@ -118,31 +118,31 @@ struct Unpacker<3, T> {
   __m512i plain = kPlain.load(), one_up = kShifted.load(), spare = kSpare.load();
 
   template <class Take>
-  NEUQI_INLINE void block(const uint8_t* const (&codes)[T], Take& take) const {
-    Registers<T> raw = load_registers<T>(codes, 0);
-    take(0, look_up(plain, raw));
-    take(1, look_up(plain, shifted<3>(raw)));
-    take(2, look_up(plain, shifted<6>(raw)));
-    take(3, look_up(plain, shifted<9>(raw)));
+  NEUQI_INLINE void block(const uint8_t* codes, int64_t stride, Take& take) const {
+    Registers<T> raw = load_registers<T>(codes, stride, 0);
+    take(0, 0, look_up(plain, raw));
+    take(1, 1, look_up(plain, shifted<3>(raw)));
+    take(2, 2, look_up(plain, shifted<6>(raw)));
+    take(3, 3, look_up(plain, shifted<9>(raw)));
     Registers<T> last = shifted<12>(raw);
-    take(4, look_up(plain, last));
-    raw = load_registers<T>(codes, 1);
-    take(5, look_up(plain, raw));
-    take(6, look_up(plain, shifted<3>(raw)));
-    take(7, look_up(plain, shifted<6>(raw)));
-    take(8, look_up(plain, shifted<9>(raw)));
+    take(4, 4, look_up(plain, last));
+    raw = load_registers<T>(codes, stride, 1);
+    take(5, 5, look_up(plain, raw));
+    take(6, 6, look_up(plain, shifted<3>(raw)));
+    take(7, 7, look_up(plain, shifted<6>(raw)));
+    take(8, 8, look_up(plain, shifted<9>(raw)));
     Registers<T> top = shifted<11>(raw);
-    take(9, look_up(one_up, top));
+    take(9, 9, look_up(one_up, top));
     // Bit 3 is the spare bit of the first register, bit 4 of the second, bit 0 of the third.
     last = pick(0x08, last, top);
-    raw = load_registers<T>(codes, 2);
-    take(10, look_up(one_up, raw));
+    raw = load_registers<T>(codes, stride, 2);
+    take(10, 10, look_up(one_up, raw));
     last = pick(0x18, last, raw);
-    take(11, look_up(plain, shifted<4>(raw)));
-    take(12, look_up(plain, shifted<7>(raw)));
-    take(13, look_up(plain, shifted<10>(raw)));
-    take(14, look_up(plain, shifted<13>(raw)));
-    take(15, look_up(spare, last));
+    take(11, 11, look_up(plain, shifted<4>(raw)));
+    take(12, 12, look_up(plain, shifted<7>(raw)));
+    take(13, 13, look_up(plain, shifted<10>(raw)));
+    take(14, 14, look_up(plain, shifted<13>(raw)));
+    take(15, 15, look_up(spare, last));
   }
 };
 
@@ -152,13 +152,13 @@ struct Unpacker<4, T> {
   __m512i table = kTable.load();
 
   template <class Take>
-  NEUQI_INLINE void block(const uint8_t* const (&codes)[T], Take& take) const {
+  NEUQI_INLINE void block(const uint8_t* codes, int64_t stride, Take& take) const {
     NEUQI_UNROLL for (int r = 0; r < 4; ++r) {
-      Registers<T> raw = load_registers<T>(codes, r);
-      take(4 * r, look_up(table, raw));
-      take(4 * r + 1, look_up(table, shifted<4>(raw)));
-      take(4 * r + 2, look_up(table, shifted<8>(raw)));
-      take(4 * r + 3, look_up(table, shifted<12>(raw)));
+      Registers<T> raw = load_registers<T>(codes, stride, r);
+      take(4 * r, 4 * r, look_up(table, raw));
+      take(4 * r + 1, 4 * r + 1, look_up(table, shifted<4>(raw)));
+      take(4 * r + 2, 4 * r + 2, look_up(table, shifted<8>(raw)));
+      take(4 * r + 3, 4 * r + 3, look_up(table, shifted<12>(raw)));
     }
   }
 };
@@ -170,13 +170,13 @@ struct Unpacker<8, T> {
   __m512i low = kLow.load(), high = kHigh.load();
 
   template <class Take>
-  NEUQI_INLINE void block(const uint8_t* const (&codes)[T], Take& take) const {
+  NEUQI_INLINE void block(const uint8_t* codes, int64_t stride, Take& take) const {
     NEUQI_UNROLL for (int r = 0; r < 8; ++r) {
-      Registers<T> raw = load_registers<T>(codes, r);
-      take(2 * r, look_up(low, raw));
-      take(2 * r, look_up(high, shifted<4>(raw)));
-      take(2 * r + 1, look_up(low, shifted<8>(raw)));
-      take(2 * r + 1, look_up(high, shifted<12>(raw)));
+      Registers<T> raw = load_registers<T>(codes, stride, r);
+      take(4 * r, 2 * r, look_up(low, raw));
+      take(4 * r + 1, 2 * r, look_up(high, shifted<4>(raw)));
+      take(4 * r + 2, 2 * r + 1, look_up(low, shifted<8>(raw)));
+      take(4 * r + 3, 2 * r + 1, look_up(high, shifted<12>(raw)));
     }
   }
 };
@@ -185,7 +185,12 @@ template <int R, int T>
 struct Accumulator {
   // Enough independent sums to hide the latency of the dot product.
   static constexpr int kChains = R * T >= 8 ? 1 : R * T >= 4 ? 2 : R * T >= 2 ? 4 : 8;
+  // With one row, look-ups compete with products for a port; a few look-ups at once, then their products, is faster
+  // than turn by turn.
+  static constexpr int kBatch = R == 1 ? 4 : 1;
   __m512 sums[T][R][kChains];
+  Registers<T> pending[kBatch];
+  int pending_pair[kBatch];
   const uint32_t* xs;
 
   NEUQI_INLINE void start() {
@@ -194,11 +199,22 @@ struct Accumulator {
         NEUQI_UNROLL for (int c = 0; c < kChains; ++c) sums[t][r][c] = _mm512_setzero_ps();
   }
 
-  NEUQI_INLINE void operator()(int pair, const Registers<T>& values) {
+  NEUQI_INLINE void operator()(int field, int pair, const Registers<T>& values) {
+    if constexpr (kBatch == 1) return add(field, pair, values);
+    pending[field % kBatch] = values;
+    pending_pair[field % kBatch] = pair;
+    if (field % kBatch != kBatch - 1) return;
+    // Keeps the compiler from moving products up among the look-ups.
+    NEUQI_UNROLL for (int i = 0; i < kBatch; ++i)
+      NEUQI_UNROLL for (int t = 0; t < T; ++t) asm volatile("" : "+v"(pending[i].of[t]));
+    NEUQI_UNROLL for (int i = 0; i < kBatch; ++i) add(i, pending_pair[i], pending[i]);
+  }
+
+  NEUQI_INLINE void add(int field, int pair, const Registers<T>& values) {
     NEUQI_UNROLL for (int r = 0; r < R; ++r) {
       __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(xs[pair * R + r])));
       NEUQI_UNROLL for (int t = 0; t < T; ++t) {
-        __m512& sum = sums[t][r][pair % kChains];
+        __m512& sum = sums[t][r][field % kChains];
         sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values.of[t]), x);
       }
     }
@@ -215,40 +231,30 @@ struct Accumulator {
 
 // R rows against T tiles. `stride`: rows of all panels, between the activations of one group and of the next.
 template <int B, int R, int T>
-void multiply_tiles(const Geometry& geometry, const uint8_t* weights, const uint32_t* xs, const float* sums,
-                    int64_t stride, float* out) {
-  const int64_t groups = geometry.groups(), blocks = geometry.blocks(), tile_bytes = geometry.tile_bytes();
+void multiply_tiles(const Geometry& geometry, const uint8_t* weights, const Position& position, const uint32_t* xs,
+                    const float* sums, int64_t stride, float* out) {
+  const int64_t groups = geometry.groups(), blocks = geometry.blocks(), header_bytes = geometry.header_bytes();
   const int kind = geometry.scale_kind;
-  const int64_t header = geometry.header_bytes();
-  constexpr int64_t kBlockBytes = B * kRegisterBytes;
-  const uint8_t* stream[T];
-  __m512 y[T][R];
-  NEUQI_UNROLL for (int t = 0; t < T; ++t) {
-    stream[t] = weights + t * tile_bytes;
-    NEUQI_UNROLL for (int r = 0; r < R; ++r) y[t][r] = _mm512_setzero_ps();
-  }
   const Unpacker<B, T> unpacker;
   Accumulator<R, T> accumulator;
+  __m512 y[T][R];
+  NEUQI_UNROLL for (int t = 0; t < T; ++t)
+    NEUQI_UNROLL for (int r = 0; r < R; ++r) y[t][r] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; ++g, sums += stride) {
+    const uint8_t* codes = weights + position.codes + g * position.group_stride;
     accumulator.xs = xs + g * blocks * kPairs * stride;
-    const uint8_t* codes[T];
-    NEUQI_UNROLL for (int t = 0; t < T; ++t) codes[t] = stream[t] + header;
     accumulator.start();
-    for (int64_t block = 0; block < blocks; ++block) {
-      NEUQI_UNROLL for (int t = 0; t < T; ++t)
-        NEUQI_UNROLL for (int i = 0; i < B; ++i)
-          _mm_prefetch(reinterpret_cast<const char*>(codes[t] + kAhead + i * kRegisterBytes), _MM_HINT_T0);
-      unpacker.block(codes, accumulator);
+    for (int64_t block = 0; block < blocks; ++block, codes += position.block_stride) {
+      unpacker.block(codes, position.register_stride, accumulator);
       accumulator.xs += kPairs * R;
-      NEUQI_UNROLL for (int t = 0; t < T; ++t) codes[t] += kBlockBytes;
     }
-    NEUQI_UNROLL for (int t = 0; t < T; ++t) {
-      __m512 scale = load16(stream[t], 0, kind), zero = load16(stream[t] + header / 2, 0, kind);
+    const uint8_t* header = weights + position.header + g * position.group_stride;
+    NEUQI_UNROLL for (int t = 0; t < T; ++t, header += header_bytes) {
+      __m512 scale = load16(header, 0, kind), zero = load16(header + header_bytes / 2, 0, kind);
       NEUQI_UNROLL for (int r = 0; r < R; ++r) {
         __m512 sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[r]), accumulator.total(t, r));
         y[t][r] = _mm512_fmadd_ps(scale, sum, y[t][r]);
       }
-      stream[t] = codes[t];
     }
   }
   NEUQI_UNROLL for (int t = 0; t < T; ++t)
@@ -259,7 +265,7 @@ void multiply_tiles(const Geometry& geometry, const uint8_t* weights, const uint
 template <int T>
 struct Store {
   __m512i* values;
-  NEUQI_INLINE void operator()(int pair, const Registers<T>& codes) {
+  NEUQI_INLINE void operator()(int, int pair, const Registers<T>& codes) {
     NEUQI_UNROLL for (int t = 0; t < T; ++t) _mm512_store_si512(values + pair * T + t, codes.of[t]);
   }
 };
@@ -273,28 +279,23 @@ NEUQI_INLINE __m512i bytes_to_bfloat(__m512i halves) {
 }
 
 template <int B, int T>
-void unpack(const uint8_t* const (&from)[T], int64_t blocks, __m512i* values) {
-  const uint8_t* codes[T];
-  NEUQI_UNROLL for (int t = 0; t < T; ++t) codes[t] = from[t];
+void unpack(const uint8_t* codes, const Position& position, int64_t blocks, __m512i* values) {
+  const int64_t stride = position.register_stride;
   const Unpacker<B, T> unpacker;
   Store<T> store{values};
-  for (int64_t block = 0; block < blocks; ++block, store.values += kPairs * T) {
-    NEUQI_UNROLL for (int t = 0; t < T; ++t)
-      NEUQI_UNROLL for (int i = 0; i < B; ++i)
-        _mm_prefetch(reinterpret_cast<const char*>(codes[t] + kAhead + i * kRegisterBytes), _MM_HINT_T0);
+  for (int64_t block = 0; block < blocks; ++block, codes += position.block_stride, store.values += kPairs * T) {
     if constexpr (B == 8) {
       for (int r = 0; r < B; ++r) {
-        Registers<T> raw = load_registers<T>(codes, r), low, high;
+        Registers<T> raw = load_registers<T>(codes, stride, r), low, high;
         NEUQI_UNROLL for (int t = 0; t < T; ++t) {
           low.of[t] = bytes_to_bfloat(raw.of[t]);
           high.of[t] = bytes_to_bfloat(_mm512_srli_epi32(raw.of[t], 8));
         }
-        store(2 * r, low), store(2 * r + 1, high);
+        store(2 * r, 2 * r, low), store(2 * r + 1, 2 * r + 1, high);
       }
     } else {
-      unpacker.block(codes, store);
+      unpacker.block(codes, stride, store);
     }
-    NEUQI_UNROLL for (int t = 0; t < T; ++t) codes[t] += B * kRegisterBytes;
   }
 }
 
@@ -338,12 +339,16 @@ MultiplyValues values_by_rows(int rows) {
   }
 }
 
-using Multiply = void (*)(const Geometry&, const uint8_t*, const uint32_t*, const float*, int64_t, float*);
+using Multiply = void (*)(const Geometry&, const uint8_t*, const Position&, const uint32_t*, const float*, int64_t,
+                          float*);
+
+// Up to this number of rows, four tiles and their sums fit the registers.
+constexpr int kWideRows = 4;
 
 template <int B, int R>
 Multiply by_tiles(int tiles) {
-  if constexpr (R == 1) {
-    if (tiles == 4) return multiply_tiles<B, 1, 4>;
+  if constexpr (R <= kWideRows) {
+    if (tiles == 4) return multiply_tiles<B, R, 4>;
   }
   return tiles == 2 ? multiply_tiles<B, R, 2> : multiply_tiles<B, R, 1>;
 }
@@ -367,9 +372,9 @@ struct Variant {
   using X = uint32_t;
   static constexpr int kXPerBlock = kPairs;
   static constexpr int kMostRows = 8;
-  static constexpr int kMostTiles = 4;
-  // Results of two tiles for every row of a chunk of tokens, of which float32 activations need three each.
-  static constexpr int kMostFloats = 2 * 3 * int(kChunkTokens) * kTile;
+  static constexpr int kMostTiles = kStrip;
+  // Results of two tiles for every row of a chunk.
+  static constexpr int kMostFloats = 2 * int(kChunkRows) * kTile;
 
   // From this number of panels on, unpacking a span once pays for storing it.
   static constexpr int64_t kUnpackPanels = 4;
@@ -379,11 +384,6 @@ struct Variant {
   }
   static int parts(int kind) { return kind == kFloat32 ? 3 : kind == kFloat16 ? 2 : 1; }
   static void pause() { _mm_pause(); }
-
-  static int tiles_at_once(int rows, int64_t left) {
-    if (rows == 1 && left >= 4) return 4;
-    return left >= 2 ? 2 : 1;
-  }
 
   // Writes the bf16 parts of one span of one token to `xs[pair·rows + part]` and their sums to `sums[part]`.
   static void prepare_span(const void* x, int64_t index, int kind, int64_t blocks, int parts, int rows, uint32_t* xs,
@@ -403,44 +403,48 @@ struct Variant {
     for (int part = 0; part < parts; ++part) sums[part] = _mm512_reduce_add_ps(totals[part]);
   }
 
-  static void multiply(const Job<Variant>& job, const uint8_t* weights, int tiles, float* y) {
+  static int tiles_at_once(const Job<Variant>& job, int64_t left) {
+    if (job.panels < kUnpackPanels && job.most_rows() <= kWideRows && left >= 4) return 4;
+    return left >= 2 ? 2 : 1;
+  }
+
+  static void multiply(const Job<Variant>& job, const Position& position, int tiles, float* y) {
     if (job.panels >= kUnpackPanels)
-      return tiles == 2 ? multiply_unpacked<2>(job, weights, y) : multiply_unpacked<1>(job, weights, y);
+      return tiles == 2 ? multiply_unpacked<2>(job, position, y) : multiply_unpacked<1>(job, position, y);
     for (int64_t index = 0; index < job.panels; ++index) {
       Panel panel = job.panel(index);
       Multiply function = job.args.geometry.bits == 2   ? by_rows<2>(panel.rows, tiles)
                           : job.args.geometry.bits == 3 ? by_rows<3>(panel.rows, tiles)
                           : job.args.geometry.bits == 4 ? by_rows<4>(panel.rows, tiles)
                                                         : by_rows<8>(panel.rows, tiles);
-      function(job.args.geometry, weights, job.span_xs(0, panel), job.span_sums(0, panel), job.rows(),
+      function(job.args.geometry, job.args.weights, position, job.span_xs(0, panel), job.span_sums(0, panel), job.rows(),
                y + panel.first_row * tiles * kTile);
     }
   }
 
   // All panels against T tiles: each span is unpacked once, into the L1 cache, and meets every panel.
   template <int T>
-  static void multiply_unpacked(const Job<Variant>& job, const uint8_t* weights, float* y) {
+  static void multiply_unpacked(const Job<Variant>& job, const Position& position, float* y) {
     const Geometry& geometry = job.args.geometry;
     const int64_t blocks = job.span / kBlock, pairs = job.span / 2, spans = geometry.group / job.span;
+    const int64_t header_bytes = geometry.header_bytes();
     alignas(64) __m512i values[kMostSpan / 2 * T];
     for (int64_t i = 0; i < job.rows() * T * kTile; ++i) y[i] = 0.0f;
     for (int64_t g = 0; g < geometry.groups(); ++g) {
-      const uint8_t* codes[T];
+      const uint8_t* codes = job.args.weights + position.codes + g * position.group_stride;
+      const uint8_t* header = job.args.weights + position.header + g * position.group_stride;
       __m512 scale[T], zero[T];
-      for (int t = 0; t < T; ++t) {
-        const uint8_t* chunk = weights + t * geometry.tile_bytes() + g * geometry.chunk_bytes();
-        scale[t] = load16(chunk, 0, geometry.scale_kind);
-        zero[t] = load16(chunk + geometry.header_bytes() / 2, 0, geometry.scale_kind);
-        codes[t] = chunk + geometry.header_bytes();
+      for (int t = 0; t < T; ++t, header += header_bytes) {
+        scale[t] = load16(header, 0, geometry.scale_kind);
+        zero[t] = load16(header + header_bytes / 2, 0, geometry.scale_kind);
       }
-      for (int64_t span = g * spans; span < (g + 1) * spans; ++span) {
+      for (int64_t span = g * spans; span < (g + 1) * spans; ++span, codes += blocks * position.block_stride) {
         switch (geometry.bits) {
-          case 2: unpack<2, T>(codes, blocks, values); break;
-          case 3: unpack<3, T>(codes, blocks, values); break;
-          case 4: unpack<4, T>(codes, blocks, values); break;
-          default: unpack<8, T>(codes, blocks, values); break;
+          case 2: unpack<2, T>(codes, position, blocks, values); break;
+          case 3: unpack<3, T>(codes, position, blocks, values); break;
+          case 4: unpack<4, T>(codes, position, blocks, values); break;
+          default: unpack<8, T>(codes, position, blocks, values); break;
         }
-        for (int t = 0; t < T; ++t) codes[t] += blocks * geometry.bits * kRegisterBytes;
         for (int64_t index = 0; index < job.panels; ++index) {
           Panel panel = job.panel(index);
           values_by_rows<T>(panel.rows)(values, pairs, job.span_xs(span, panel), job.span_sums(span, panel), scale,

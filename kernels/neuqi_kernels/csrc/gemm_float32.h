@@ -63,7 +63,7 @@ struct Accumulator {
 
 // Hands the codes of one block of 32 input features to the accumulator, slice by slice of layout.h.
 template <int B, int R>
-NEUQI_INLINE void multiply_block(const uint8_t* codes, Accumulator<R>& accumulator) {
+NEUQI_INLINE void multiply_block(const uint8_t* codes, int64_t register_stride, Accumulator<R>& accumulator) {
   constexpr int T = kPartsAtOnce;
   Words joined[2][T] = {};
   NEUQI_UNROLL for (int i = 0; i < Layout<B>::kSlices; ++i) {
@@ -71,7 +71,7 @@ NEUQI_INLINE void multiply_block(const uint8_t* codes, Accumulator<R>& accumulat
     NEUQI_UNROLL for (int odd = 0; odd < 2; ++odd) {
       Words part[T];
       NEUQI_UNROLL for (int t = 0; t < T; ++t) {
-        std::memcpy(&part[t], codes + slice.index * kRegisterBytes + t * 4 * kLanes, sizeof part[t]);
+        std::memcpy(&part[t], codes + slice.index * register_stride + t * 4 * kLanes, sizeof part[t]);
         part[t] = part[t] >> (slice.position + 16 * odd) & ((1u << slice.width) - 1);
       }
       if (slice.width == B) {
@@ -85,25 +85,25 @@ NEUQI_INLINE void multiply_block(const uint8_t* codes, Accumulator<R>& accumulat
 }
 
 template <int B, int R>
-void multiply_tile(const Geometry& geometry, const uint8_t* weights, const float* xs, const float* sums,
-                   int64_t stride, float* out) {
+void multiply_tile(const Geometry& geometry, const uint8_t* weights, const Position& position, const float* xs,
+                   const float* sums, int64_t stride, float* out) {
   constexpr int T = kPartsAtOnce;
   const int kind = geometry.scale_kind;
   for (int part = 0; part < kPartsOfTile; part += T) {
-    const uint8_t* chunk = weights;
     Floats y[T][R] = {};
     Accumulator<R> accumulator;
-    for (int64_t g = 0; g < geometry.groups(); ++g, chunk += geometry.chunk_bytes()) {
-      const uint8_t* codes = chunk + geometry.header_bytes() + part * 4 * kLanes;
+    for (int64_t g = 0; g < geometry.groups(); ++g) {
+      const uint8_t* header = weights + position.header + g * position.group_stride;
+      const uint8_t* codes = weights + position.codes + g * position.group_stride + part * 4 * kLanes;
       accumulator.xs = xs + g * geometry.group * stride;
       accumulator.start();
       for (int64_t block = 0; block < geometry.blocks(); ++block) {
-        multiply_block<B, R>(codes + block * B * kRegisterBytes, accumulator);
+        multiply_block<B, R>(codes + block * position.block_stride, position.register_stride, accumulator);
         accumulator.xs += kBlock * R;
       }
       NEUQI_UNROLL for (int t = 0; t < T; ++t) {
-        Floats scale = load_floats(chunk, (part + t) * kLanes, kind);
-        Floats zero = load_floats(chunk + geometry.header_bytes() / 2, (part + t) * kLanes, kind);
+        Floats scale = load_floats(header, (part + t) * kLanes, kind);
+        Floats zero = load_floats(header + geometry.header_bytes() / 2, (part + t) * kLanes, kind);
         NEUQI_UNROLL for (int r = 0; r < R; ++r)
           y[t][r] += scale * (accumulator.total(t, r) - zero * sums[g * stride + r]);
       }
@@ -114,7 +114,8 @@ void multiply_tile(const Geometry& geometry, const uint8_t* weights, const float
   }
 }
 
-using Multiply = void (*)(const Geometry&, const uint8_t*, const float*, const float*, int64_t, float*);
+using Multiply = void (*)(const Geometry&, const uint8_t*, const Position&, const float*, const float*, int64_t,
+                          float*);
 
 template <int B>
 Multiply by_rows(int rows) {
@@ -130,12 +131,12 @@ struct Variant {
   using X = float;
   static constexpr int kXPerBlock = kBlock;
   static constexpr int kMostRows = 4;
-  static constexpr int kMostTiles = 2;
-  static constexpr int kMostFloats = kMostTiles * int(kChunkTokens) * kTile;
+  static constexpr int kMostTiles = 1;
+  static constexpr int kMostFloats = kMostTiles * int(kChunkRows) * kTile;
 
   static int parts(int) { return 1; }
   static int64_t span(int64_t group, int64_t) { return group; }
-  static int tiles_at_once(int, int64_t left) { return left >= 2 ? 2 : 1; }
+  
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -158,7 +159,9 @@ struct Variant {
     sums[0] = totals[0];
   }
 
-  static void multiply(const Job<Variant>& job, const uint8_t* weights, int tiles, float* y) {
+  static int tiles_at_once(const Job<Variant>&, int64_t) { return 1; }
+
+  static void multiply(const Job<Variant>& job, const Position& position, int, float* y) {
     const Geometry& geometry = job.args.geometry;
     for (int64_t index = 0; index < job.panels; ++index) {
       Panel panel = job.panel(index);
@@ -166,9 +169,8 @@ struct Variant {
                           : geometry.bits == 3 ? by_rows<3>(panel.rows)
                           : geometry.bits == 4 ? by_rows<4>(panel.rows)
                                                : by_rows<8>(panel.rows);
-      for (int i = 0; i < tiles; ++i)
-        function(geometry, weights + i * geometry.tile_bytes(), job.span_xs(0, panel), job.span_sums(0, panel),
-                 job.rows(), y + (panel.first_row * tiles + i * panel.rows) * kTile);
+      function(geometry, job.args.weights, position, job.span_xs(0, panel), job.span_sums(0, panel), job.rows(),
+               y + panel.first_row * kTile);
     }
   }
 

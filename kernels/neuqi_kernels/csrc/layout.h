@@ -1,11 +1,14 @@
 // The tile layout: how the kernels see a packed matrix.
 //
-// Sixteen output rows form a tile, one row per 32-bit lane. Each (tile, group) is one contiguous chunk:
+// Sixteen output rows form a tile, one row per 32-bit lane; four tiles form a strip (the last strip may have fewer).
+// Each (strip, group) is one contiguous chunk:
 //
-//     [scale of 16 rows][zero-point of 16 rows][blocks of 32 input features, `bits` 64-byte registers each]
+//     per tile: [scale of 16 rows][zero-point of 16 rows]
+//     per block of 32 input features: for each of its `bits` registers: per tile: [64 bytes, 16 lanes]
 //
-// so that a tile is a single sequential stream. Within a lane the low 16 bits hold codes of even input features and the
-// high 16 bits their odd neighbours at the same positions: a pair of codes, as the bf16 dot product wants them.
+// so that a strip is a single sequential stream, which hardware prefetches best, and its tiles share the activations
+// that a kernel has loaded. Within a lane the low 16 bits hold codes of even input features and the high 16 bits their
+// odd neighbours at the same positions: a pair of codes, as the bf16 dot product wants them.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +16,7 @@
 namespace neuqi {
 
 constexpr int kTile = 16;
+constexpr int kStrip = 4;
 constexpr int kBlock = 32;
 constexpr int kPairs = kBlock / 2;
 constexpr int kRegisterBytes = 64;
@@ -46,6 +50,12 @@ enum Kind { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 inline constexpr int kind_bytes(int kind) { return kind == kFloat32 ? 4 : 2; }
 
+// Where a tile lies, in bytes: its first header and codes, and the distances from group to group, block to block and
+// register to register. The next tile of the strip has its header one header further and its codes one register further.
+struct Position {
+  int64_t header, codes, group_stride, block_stride, register_stride;
+};
+
 // Sizes of one packed matrix.
 struct Geometry {
   int64_t n, k, group;
@@ -55,8 +65,18 @@ struct Geometry {
   constexpr int64_t groups() const { return k / group; }
   constexpr int64_t blocks() const { return group / kBlock; }
   constexpr int64_t header_bytes() const { return 2 * kTile * kind_bytes(scale_kind); }
-  constexpr int64_t chunk_bytes() const { return header_bytes() + blocks() * bits * kRegisterBytes; }
+  constexpr int64_t block_bytes() const { return int64_t(bits) * kRegisterBytes; }
+  constexpr int64_t chunk_bytes() const { return header_bytes() + blocks() * block_bytes(); }
   constexpr int64_t tile_bytes() const { return groups() * chunk_bytes(); }
+  constexpr int64_t strip_end(int64_t tile) const {
+    int64_t end = (tile / kStrip + 1) * kStrip;
+    return end < tiles() ? end : tiles();
+  }
+  constexpr Position position(int64_t tile) const {
+    int64_t first = tile / kStrip * kStrip, width = strip_end(tile) - first, start = first * tile_bytes();
+    return {start + (tile - first) * header_bytes(), start + width * header_bytes() + (tile - first) * kRegisterBytes,
+            width * chunk_bytes(), width * block_bytes(), width * kRegisterBytes};
+  }
 };
 
 struct GemmArgs {

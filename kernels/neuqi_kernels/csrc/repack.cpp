@@ -24,7 +24,7 @@ uint32_t code_at(const uint32_t* words, int index) {
 
 // One block of 32 codes of one row: B canonical words into the row's lane of B registers.
 template <int B>
-void pack_lane(const uint32_t* words, uint32_t* lane) {
+void pack_lane(const uint32_t* words, uint8_t* lane, int64_t register_stride) {
   uint32_t packed[B] = {};
 #pragma GCC unroll 32
   for (int i = 0; i < Layout<B>::kSlices; ++i) {
@@ -34,17 +34,19 @@ void pack_lane(const uint32_t* words, uint32_t* lane) {
     uint32_t odd = code_at<B>(words, 2 * slice.pair + 1) >> slice.source & mask;
     packed[slice.index] |= (even | odd << 16) << slice.position;
   }
-  for (int r = 0; r < B; ++r) lane[r * kTile] = packed[r];
+  for (int r = 0; r < B; ++r) std::memcpy(lane + r * register_stride, &packed[r], 4);
 }
 
 template <int B>
-void unpack_lane(const uint32_t* lane, float* codes) {
+void unpack_lane(const uint8_t* lane, int64_t register_stride, float* codes) {
+  uint32_t packed[B];
+  for (int r = 0; r < B; ++r) std::memcpy(&packed[r], lane + r * register_stride, 4);
   uint32_t pairs[kPairs] = {};
 #pragma GCC unroll 32
   for (int i = 0; i < Layout<B>::kSlices; ++i) {
     const Slice slice = Layout<B>::slice(i);
     uint32_t mask = (1u << slice.width) - 1;
-    pairs[slice.pair] |= (lane[slice.index * kTile] >> slice.position & (mask | mask << 16)) << slice.source;
+    pairs[slice.pair] |= (packed[slice.index] >> slice.position & (mask | mask << 16)) << slice.source;
   }
   for (int pair = 0; pair < kPairs; ++pair) {
     codes[2 * pair] = float(pairs[pair] & 0xFFFF);
@@ -64,40 +66,43 @@ struct Job {
 template <int B>
 void repack_tile(const Job& job, int64_t tile) {
   const Geometry& geometry = job.geometry;
+  const Position position = geometry.position(tile);
   const int64_t groups = geometry.groups(), blocks = geometry.blocks(), words = geometry.k * B / 32;
   const int bytes = kind_bytes(geometry.scale_kind);
   const int64_t rows = std::min<int64_t>(kTile, geometry.n - tile * kTile);
-  uint8_t* stream = job.tiles + tile * geometry.tile_bytes();
-  // Rows beyond N stay zero in all three parts, and so contribute nothing.
-  if (rows < kTile) std::memset(stream, 0, size_t(geometry.tile_bytes()));
   for (int64_t g = 0; g < groups; ++g) {
-    uint8_t* chunk = stream + g * geometry.chunk_bytes();
+    uint8_t* header = job.tiles + position.header + g * position.group_stride;
+    uint8_t* codes = job.tiles + position.codes + g * position.group_stride;
+    // Rows beyond N stay zero in all three parts, and so contribute nothing.
+    if (rows < kTile) std::memset(header, 0, size_t(geometry.header_bytes()));
     for (int64_t row = 0; row < rows; ++row) {
       int64_t from = ((tile * kTile + row) * groups + g) * bytes;
-      std::memcpy(chunk + row * bytes, static_cast<const char*>(job.scale) + from, size_t(bytes));
-      std::memcpy(chunk + (kTile + row) * bytes, static_cast<const char*>(job.zero) + from, size_t(bytes));
+      std::memcpy(header + row * bytes, static_cast<const char*>(job.scale) + from, size_t(bytes));
+      std::memcpy(header + (kTile + row) * bytes, static_cast<const char*>(job.zero) + from, size_t(bytes));
     }
-    auto* codes = reinterpret_cast<uint32_t*>(chunk + geometry.header_bytes());
-    for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t block = 0; block < blocks; ++block, codes += position.block_stride) {
+      for (int r = 0; r < B && rows < kTile; ++r) std::memset(codes + r * position.register_stride, 0, kRegisterBytes);
       for (int64_t row = 0; row < rows; ++row)
         pack_lane<B>(job.qweight + (tile * kTile + row) * words + (g * blocks + block) * B,
-                     codes + block * B * kTile + row);
+                     codes + 4 * row, position.register_stride);
+    }
   }
 }
 
 template <int B>
 void dequantize_tile(const Job& job, int64_t tile) {
   const Geometry& geometry = job.geometry;
+  const Position position = geometry.position(tile);
   const int64_t rows = std::min<int64_t>(kTile, geometry.n - tile * kTile);
   for (int64_t g = 0; g < geometry.groups(); ++g) {
-    const uint8_t* chunk = job.tiles + tile * geometry.tile_bytes() + g * geometry.chunk_bytes();
-    auto* codes = reinterpret_cast<const uint32_t*>(chunk + geometry.header_bytes());
+    const uint8_t* header = job.tiles + position.header + g * position.group_stride;
     for (int64_t row = 0; row < rows; ++row) {
-      float scale = load_scalar(chunk, row, geometry.scale_kind);
-      float zero = load_scalar(chunk, kTile + row, geometry.scale_kind);
+      float scale = load_scalar(header, row, geometry.scale_kind);
+      float zero = load_scalar(header, kTile + row, geometry.scale_kind);
       float* to = job.weight + (tile * kTile + row) * geometry.k + g * geometry.group;
-      for (int64_t block = 0; block < geometry.blocks(); ++block, to += kBlock) {
-        unpack_lane<B>(codes + block * B * kTile + row, to);
+      const uint8_t* codes = job.tiles + position.codes + g * position.group_stride;
+      for (int64_t block = 0; block < geometry.blocks(); ++block, to += kBlock, codes += position.block_stride) {
+        unpack_lane<B>(codes + 4 * row, position.register_stride, to);
         for (int i = 0; i < kBlock; ++i) to[i] = (to[i] - zero) * scale;
       }
     }
