@@ -14,13 +14,11 @@ namespace neuqi {
 namespace {
 
 // Rows (tokens times parts) whose prepared activations exist at once: bounds the scratch memory of a long prompt.
-constexpr int64_t kChunkRows = 512;
+constexpr int64_t kChunkRows = 256;
 // Input features that one preparation task covers at least.
 constexpr int64_t kPrepareFeatures = 1024;
 // Threads that may have a range of the work of their own; more share these.
 constexpr int kMostRanges = 64;
-// Input features that are unpacked at once when several panels use them: their bf16 codes stay in the L1 cache.
-constexpr int64_t kMostSpan = 256;
 
 // Tokens that one call of a kernel multiplies. A row is a part of a token: an activation that needs several parts
 // counts as several tokens.
@@ -40,9 +38,8 @@ struct Job {
   const GemmArgs& args;
   int64_t first_token, tokens;
   int parts = 1, panel_tokens = 1, unit_tiles = kStrip;
-  // `span`: input features per sum of activations; a whole group, or a part of it when spans are unpacked once.
-  int64_t panels = 0, span = 0, spans_per_task = 1, tasks_per_panel = 1, units = 0;
-  // Prepared activations [span][panel][…][row of the panel], and their sums [span][row].
+  int64_t panels = 0, groups_per_task = 1, tasks_per_panel = 1, units = 0;
+  // Prepared activations [group][panel][…][row of the panel], and their sums [group][row].
   typename V::X* xs = nullptr;
   float* sums = nullptr;
   std::atomic<int64_t> next_task{0}, finished_tasks{0};
@@ -51,30 +48,29 @@ struct Job {
   Range range[kMostRanges] = {};
 
   int64_t rows() const { return tokens * parts; }
-  int most_rows() const { return panel_tokens * parts; }
   Panel panel(int64_t index) const {
     int64_t first = index * panel_tokens;
     int count = int(std::min<int64_t>(panel_tokens, tokens - first));
     return {first_token + first, first * parts, count, count * parts};
   }
-  typename V::X* span_xs(int64_t index, const Panel& panel) const {
-    return xs + (index * rows() + panel.first_row) * (span / kBlock) * V::kXPerBlock;
+  typename V::X* group_xs(int64_t g, const Panel& panel) const {
+    return xs + (g * rows() + panel.first_row) * args.geometry.blocks() * V::kXPerBlock;
   }
-  float* span_sums(int64_t index, const Panel& panel) const { return sums + index * rows() + panel.first_row; }
+  float* group_sums(int64_t g, const Panel& panel) const { return sums + g * rows() + panel.first_row; }
 };
 
-// Activations in the order in which the kernel wants them, and their sum over each span, for the zero-points.
+// Activations in the order in which the kernel wants them, and their sum over each group, for the zero-points.
 template <class V>
 void prepare_task(const Job<V>& job, int64_t task) {
-  const int64_t k = job.args.geometry.k;
-  int64_t first = task % job.tasks_per_panel * job.spans_per_task;
-  int64_t last = std::min(first + job.spans_per_task, k / job.span);
+  const Geometry& geometry = job.args.geometry;
+  int64_t first = task % job.tasks_per_panel * job.groups_per_task;
+  int64_t last = std::min(first + job.groups_per_task, geometry.groups());
   Panel panel = job.panel(task / job.tasks_per_panel);
   for (int token = 0; token < panel.tokens; ++token)
-    for (int64_t span = first; span < last; ++span)
-      V::prepare_span(job.args.x, (panel.first_token + token) * k + span * job.span, job.args.x_kind,
-                      job.span / kBlock, job.parts, panel.rows, job.span_xs(span, panel) + token * job.parts,
-                      job.span_sums(span, panel) + token * job.parts);
+    for (int64_t g = first; g < last; ++g)
+      V::prepare_group(job.args.x, (panel.first_token + token) * geometry.k + g * geometry.group, job.args.x_kind,
+                       geometry.blocks(), job.parts, panel.rows, job.group_xs(g, panel) + token * job.parts,
+                       job.group_sums(g, panel) + token * job.parts);
 }
 
 // Sums the parts of each token, adds the bias and writes the rows of `count` tiles that exist. Neighbouring tiles of a
@@ -102,9 +98,10 @@ void multiply_unit(const Job<V>& job, int64_t unit) {
   const Geometry& geometry = job.args.geometry;
   int64_t tile = unit * job.unit_tiles;
   int64_t last = std::min(tile + job.unit_tiles, geometry.tiles());
-  alignas(64) float y[V::kMostFloats];
+  alignas(64) float y[V::kMostTiles * kChunkRows * kTile];
   for (int count; tile < last; tile += count) {
-    count = V::tiles_at_once(job, std::min(last, geometry.strip_end(tile)) - tile);
+    count = int(std::min<int64_t>(std::min(last, geometry.strip_end(tile)) - tile, V::kMostTiles));
+    if (count == 3) count = 2;
     V::multiply(job, geometry.position(tile), count, y);
     write_tiles(job, tile, count, y);
   }
@@ -138,9 +135,8 @@ void multiply_chunk(const GemmArgs& args, int64_t first_token, int64_t tokens, v
   int64_t most = V::kMostRows / job.parts;
   job.panels = (tokens + most - 1) / most;
   job.panel_tokens = int((tokens + job.panels - 1) / job.panels);
-  job.span = V::span(geometry.group, job.panels);
-  job.spans_per_task = std::max<int64_t>(1, kPrepareFeatures / job.span);
-  job.tasks_per_panel = (geometry.k / job.span + job.spans_per_task - 1) / job.spans_per_task;
+  job.groups_per_task = std::max<int64_t>(1, kPrepareFeatures / geometry.group);
+  job.tasks_per_panel = (geometry.groups() + job.groups_per_task - 1) / job.groups_per_task;
   // Parts of a strip where there are too few strips for all threads.
   job.unit_tiles = kStrip;
   while (job.unit_tiles > 1 && geometry.tiles() < int64_t(job.unit_tiles) * args.threads * 2) job.unit_tiles /= 2;
@@ -156,13 +152,6 @@ void multiply_chunk(const GemmArgs& args, int64_t first_token, int64_t tokens, v
   team_run(work<V>, &job, threads);
 }
 
-// The largest part of a group that is at most kMostSpan features, in whole blocks.
-inline int64_t part_of_group(int64_t group) {
-  int64_t blocks = group / kBlock, parts = (group + kMostSpan - 1) / kMostSpan;
-  while (blocks % parts) ++parts;
-  return group / parts;
-}
-
 // Returns false when memory for the prepared activations cannot be had.
 template <class V>
 bool gemm(const GemmArgs& args) {
@@ -171,8 +160,7 @@ bool gemm(const GemmArgs& args) {
   int64_t rows = std::min(args.m, chunk) * V::parts(args.x_kind);
   int64_t xs_bytes = rows * (geometry.k / kBlock) * V::kXPerBlock * int64_t(sizeof(typename V::X));
   xs_bytes = (xs_bytes + 63) / 64 * 64;
-  int64_t sums = rows * (geometry.k / V::span(geometry.group, args.m));
-  int64_t bytes = (xs_bytes + sums * int64_t(sizeof(float)) + 63) / 64 * 64;
+  int64_t bytes = (xs_bytes + rows * geometry.groups() * int64_t(sizeof(float)) + 63) / 64 * 64;
   void* scratch = std::aligned_alloc(64, size_t(bytes));
   if (!scratch) return false;
   for (int64_t first = 0; first < args.m; first += chunk)

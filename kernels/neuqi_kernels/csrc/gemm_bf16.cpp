@@ -261,96 +261,12 @@ void multiply_tiles(const Geometry& geometry, const uint8_t* weights, const Posi
     NEUQI_UNROLL for (int r = 0; r < R; ++r) _mm512_store_ps(out + (t * R + r) * kTile, y[t][r]);
 }
 
-// Codes of `pairs` pairs as bf16 numbers, `values[pair][tile]`.
-template <int T>
-struct Store {
-  __m512i* values;
-  NEUQI_INLINE void operator()(int, int pair, const Registers<T>& codes) {
-    NEUQI_UNROLL for (int t = 0; t < T; ++t) _mm512_store_si512(values + pair * T + t, codes.of[t]);
-  }
-};
-
-// An 8-bit integer fills the significand of bf16, so the upper half of its float32 is its bf16.
-NEUQI_INLINE __m512i bytes_to_bfloat(__m512i halves) {
-  const __m512i byte = _mm512_set1_epi32(0xFF), upper = _mm512_set1_epi32(int(0xFFFF0000));
-  __m512i even = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_and_si512(halves, byte)));
-  __m512i odd = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(halves, 16), byte)));
-  return _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, upper));
-}
-
-template <int B, int T>
-void unpack(const uint8_t* codes, const Position& position, int64_t blocks, __m512i* values) {
-  const int64_t stride = position.register_stride;
-  const Unpacker<B, T> unpacker;
-  Store<T> store{values};
-  for (int64_t block = 0; block < blocks; ++block, codes += position.block_stride, store.values += kPairs * T) {
-    if constexpr (B == 8) {
-      for (int r = 0; r < B; ++r) {
-        Registers<T> raw = load_registers<T>(codes, stride, r), low, high;
-        NEUQI_UNROLL for (int t = 0; t < T; ++t) {
-          low.of[t] = bytes_to_bfloat(raw.of[t]);
-          high.of[t] = bytes_to_bfloat(_mm512_srli_epi32(raw.of[t], 8));
-        }
-        store(2 * r, 2 * r, low), store(2 * r + 1, 2 * r + 1, high);
-      }
-    } else {
-      unpacker.block(codes, stride, store);
-    }
-  }
-}
-
-// y += scale·(Σ q·x − zero·Σ x) over the pairs of one span, for one panel.
-template <int R, int T>
-void multiply_values(const __m512i* values, int64_t pairs, const uint32_t* xs, const float* sums, const __m512* scale,
-                     const __m512* zero, float* y) {
-  __m512 total[T][R];
-  NEUQI_UNROLL for (int t = 0; t < T; ++t)
-    NEUQI_UNROLL for (int r = 0; r < R; ++r) total[t][r] = _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < pairs; ++pair, values += T, xs += R) {
-    __m512bh codes[T];
-    NEUQI_UNROLL for (int t = 0; t < T; ++t) codes[t] = reinterpret_cast<__m512bh>(_mm512_load_si512(values + t));
-    NEUQI_UNROLL for (int r = 0; r < R; ++r) {
-      __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(xs[r])));
-      NEUQI_UNROLL for (int t = 0; t < T; ++t) total[t][r] = _mm512_dpbf16_ps(total[t][r], codes[t], x);
-    }
-  }
-  NEUQI_UNROLL for (int t = 0; t < T; ++t)
-    NEUQI_UNROLL for (int r = 0; r < R; ++r) {
-      __m512 sum = _mm512_fnmadd_ps(zero[t], _mm512_set1_ps(sums[r]), total[t][r]);
-      float* to = y + (t * R + r) * kTile;
-      _mm512_store_ps(to, _mm512_fmadd_ps(scale[t], sum, _mm512_load_ps(to)));
-    }
-}
-
-using MultiplyValues = void (*)(const __m512i*, int64_t, const uint32_t*, const float*, const __m512*, const __m512*,
-                                float*);
-
-template <int T>
-MultiplyValues values_by_rows(int rows) {
-  switch (rows) {
-    case 1: return multiply_values<1, T>;
-    case 2: return multiply_values<2, T>;
-    case 3: return multiply_values<3, T>;
-    case 4: return multiply_values<4, T>;
-    case 5: return multiply_values<5, T>;
-    case 6: return multiply_values<6, T>;
-    case 7: return multiply_values<7, T>;
-    default: return multiply_values<8, T>;
-  }
-}
-
 using Multiply = void (*)(const Geometry&, const uint8_t*, const Position&, const uint32_t*, const float*, int64_t,
                           float*);
 
-// Up to this number of rows, four tiles and their sums fit the registers.
-constexpr int kWideRows = 4;
-
 template <int B, int R>
 Multiply by_tiles(int tiles) {
-  if constexpr (R <= kWideRows) {
-    if (tiles == 4) return multiply_tiles<B, R, 4>;
-  }
-  return tiles == 2 ? multiply_tiles<B, R, 2> : multiply_tiles<B, R, 1>;
+  return tiles == 4 ? multiply_tiles<B, R, 4> : tiles == 2 ? multiply_tiles<B, R, 2> : multiply_tiles<B, R, 1>;
 }
 
 template <int B>
@@ -359,11 +275,7 @@ Multiply by_rows(int rows, int tiles) {
     case 1: return by_tiles<B, 1>(tiles);
     case 2: return by_tiles<B, 2>(tiles);
     case 3: return by_tiles<B, 3>(tiles);
-    case 4: return by_tiles<B, 4>(tiles);
-    case 5: return by_tiles<B, 5>(tiles);
-    case 6: return by_tiles<B, 6>(tiles);
-    case 7: return by_tiles<B, 7>(tiles);
-    default: return by_tiles<B, 8>(tiles);
+    default: return by_tiles<B, 4>(tiles);
   }
 }
 
@@ -371,22 +283,15 @@ struct Variant {
   // A pair of bf16 activations.
   using X = uint32_t;
   static constexpr int kXPerBlock = kPairs;
-  static constexpr int kMostRows = 8;
+  // Four tiles times four rows of sums fit the registers with everything else.
+  static constexpr int kMostRows = 4;
   static constexpr int kMostTiles = kStrip;
-  // Results of two tiles for every row of a chunk.
-  static constexpr int kMostFloats = 2 * int(kChunkRows) * kTile;
 
-  // From this number of panels on, unpacking a span once pays for storing it.
-  static constexpr int64_t kUnpackPanels = 4;
-
-  static int64_t span(int64_t group, int64_t panels) {
-    return panels < kUnpackPanels ? group : part_of_group(group);
-  }
   static int parts(int kind) { return kind == kFloat32 ? 3 : kind == kFloat16 ? 2 : 1; }
   static void pause() { _mm_pause(); }
 
-  // Writes the bf16 parts of one span of one token to `xs[pair·rows + part]` and their sums to `sums[part]`.
-  static void prepare_span(const void* x, int64_t index, int kind, int64_t blocks, int parts, int rows, uint32_t* xs,
+  // Writes the bf16 parts of one group of one token to `xs[pair·rows + part]` and their sums to `sums[part]`.
+  static void prepare_group(const void* x, int64_t index, int kind, int64_t blocks, int parts, int rows, uint32_t* xs,
                             float* sums) {
     __m512 totals[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t block = 0; block < blocks; ++block, index += kBlock, xs += kPairs * rows) {
@@ -403,54 +308,15 @@ struct Variant {
     for (int part = 0; part < parts; ++part) sums[part] = _mm512_reduce_add_ps(totals[part]);
   }
 
-  static int tiles_at_once(const Job<Variant>& job, int64_t left) {
-    if (job.panels < kUnpackPanels && job.most_rows() <= kWideRows && left >= 4) return 4;
-    return left >= 2 ? 2 : 1;
-  }
-
   static void multiply(const Job<Variant>& job, const Position& position, int tiles, float* y) {
-    if (job.panels >= kUnpackPanels)
-      return tiles == 2 ? multiply_unpacked<2>(job, position, y) : multiply_unpacked<1>(job, position, y);
     for (int64_t index = 0; index < job.panels; ++index) {
       Panel panel = job.panel(index);
       Multiply function = job.args.geometry.bits == 2   ? by_rows<2>(panel.rows, tiles)
                           : job.args.geometry.bits == 3 ? by_rows<3>(panel.rows, tiles)
                           : job.args.geometry.bits == 4 ? by_rows<4>(panel.rows, tiles)
                                                         : by_rows<8>(panel.rows, tiles);
-      function(job.args.geometry, job.args.weights, position, job.span_xs(0, panel), job.span_sums(0, panel), job.rows(),
+      function(job.args.geometry, job.args.weights, position, job.group_xs(0, panel), job.group_sums(0, panel), job.rows(),
                y + panel.first_row * tiles * kTile);
-    }
-  }
-
-  // All panels against T tiles: each span is unpacked once, into the L1 cache, and meets every panel.
-  template <int T>
-  static void multiply_unpacked(const Job<Variant>& job, const Position& position, float* y) {
-    const Geometry& geometry = job.args.geometry;
-    const int64_t blocks = job.span / kBlock, pairs = job.span / 2, spans = geometry.group / job.span;
-    const int64_t header_bytes = geometry.header_bytes();
-    alignas(64) __m512i values[kMostSpan / 2 * T];
-    for (int64_t i = 0; i < job.rows() * T * kTile; ++i) y[i] = 0.0f;
-    for (int64_t g = 0; g < geometry.groups(); ++g) {
-      const uint8_t* codes = job.args.weights + position.codes + g * position.group_stride;
-      const uint8_t* header = job.args.weights + position.header + g * position.group_stride;
-      __m512 scale[T], zero[T];
-      for (int t = 0; t < T; ++t, header += header_bytes) {
-        scale[t] = load16(header, 0, geometry.scale_kind);
-        zero[t] = load16(header + header_bytes / 2, 0, geometry.scale_kind);
-      }
-      for (int64_t span = g * spans; span < (g + 1) * spans; ++span, codes += blocks * position.block_stride) {
-        switch (geometry.bits) {
-          case 2: unpack<2, T>(codes, position, blocks, values); break;
-          case 3: unpack<3, T>(codes, position, blocks, values); break;
-          case 4: unpack<4, T>(codes, position, blocks, values); break;
-          default: unpack<8, T>(codes, position, blocks, values); break;
-        }
-        for (int64_t index = 0; index < job.panels; ++index) {
-          Panel panel = job.panel(index);
-          values_by_rows<T>(panel.rows)(values, pairs, job.span_xs(span, panel), job.span_sums(span, panel), scale,
-                                        zero, y + panel.first_row * T * kTile);
-        }
-      }
     }
   }
 

@@ -132,10 +132,8 @@ struct Variant {
   static constexpr int kXPerBlock = kBlock;
   static constexpr int kMostRows = 4;
   static constexpr int kMostTiles = 1;
-  static constexpr int kMostFloats = kMostTiles * int(kChunkRows) * kTile;
 
   static int parts(int) { return 1; }
-  static int64_t span(int64_t group, int64_t) { return group; }
   
   static void pause() {
 #if defined(__x86_64__)
@@ -143,7 +141,7 @@ struct Variant {
 #endif
   }
 
-  static void prepare_span(const void* x, int64_t index, int kind, int64_t blocks, int, int rows, float* xs,
+  static void prepare_group(const void* x, int64_t index, int kind, int64_t blocks, int, int rows, float* xs,
                             float* sums) {
     // As many partial sums as a block has features, for accuracy and for vectorization.
     float totals[kBlock] = {};
@@ -159,8 +157,6 @@ struct Variant {
     sums[0] = totals[0];
   }
 
-  static int tiles_at_once(const Job<Variant>&, int64_t) { return 1; }
-
   static void multiply(const Job<Variant>& job, const Position& position, int, float* y) {
     const Geometry& geometry = job.args.geometry;
     for (int64_t index = 0; index < job.panels; ++index) {
@@ -169,7 +165,7 @@ struct Variant {
                           : geometry.bits == 3 ? by_rows<3>(panel.rows)
                           : geometry.bits == 4 ? by_rows<4>(panel.rows)
                                                : by_rows<8>(panel.rows);
-      function(geometry, job.args.weights, position, job.span_xs(0, panel), job.span_sums(0, panel), job.rows(),
+      function(geometry, job.args.weights, position, job.group_xs(0, panel), job.group_sums(0, panel), job.rows(),
                y + panel.first_row * kTile);
     }
   }
