@@ -2,6 +2,8 @@
 // Everything is static: the file is compiled once per instruction set and the copies must not be merged.
 #pragma once
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -17,6 +19,10 @@ namespace {
 constexpr int64_t kChunkRows = 256;
 // Input features that one preparation task covers at least.
 constexpr int64_t kPrepareFeatures = 1024;
+// Weights of a strip that several panels use in turn.
+constexpr int64_t kPassBytes = 256 << 10;
+// Rounds of waiting for another thread's preparation before the core is offered to it.
+constexpr int kMostSpins = 2000;
 // Threads that may have a range of the work of their own; more share these.
 constexpr int kMostRanges = 64;
 
@@ -93,6 +99,20 @@ void write_tiles(const Job<V>& job, int64_t tile, int count, const float* y) {
   }
 }
 
+// All panels against `count` tiles. Several panels take a few groups at a time, whose weights stay in the L2 cache.
+template <class V>
+void multiply_tiles(const Job<V>& job, const Position& position, int count, float* y) {
+  const int64_t groups = job.args.geometry.groups();
+  int64_t at_once = job.panels == 1 ? groups : std::max<int64_t>(1, kPassBytes / position.group_stride);
+  std::fill_n(y, job.rows() * count * kTile, 0.0f);
+  for (int64_t first = 0; first < groups; first += at_once)
+    for (int64_t index = 0; index < job.panels; ++index) {
+      Panel panel = job.panel(index);
+      V::multiply(job, panel, position, count, first, std::min(first + at_once, groups),
+                  y + panel.first_row * count * kTile);
+    }
+}
+
 template <class V>
 void multiply_unit(const Job<V>& job, int64_t unit) {
   const Geometry& geometry = job.args.geometry;
@@ -102,7 +122,7 @@ void multiply_unit(const Job<V>& job, int64_t unit) {
   for (int count; tile < last; tile += count) {
     count = int(std::min<int64_t>(std::min(last, geometry.strip_end(tile)) - tile, V::kMostTiles));
     if (count == 3) count = 2;
-    V::multiply(job, geometry.position(tile), count, y);
+    multiply_tiles(job, geometry.position(tile), count, y);
     write_tiles(job, tile, count, y);
   }
 }
@@ -118,7 +138,8 @@ void work(void* data) {
     prepare_task(job, task);
     job.finished_tasks.fetch_add(1, std::memory_order_release);
   }
-  while (job.finished_tasks.load(std::memory_order_acquire) < tasks) V::pause();
+  for (int spins = 0; job.finished_tasks.load(std::memory_order_acquire) < tasks; ++spins)
+    spins < kMostSpins ? V::pause() : void(sched_yield());
   int first = job.next_range.fetch_add(1, std::memory_order_relaxed);
   for (int i = 0; i < job.ranges; ++i) {
     Range& range = job.range[(first + i) % job.ranges];

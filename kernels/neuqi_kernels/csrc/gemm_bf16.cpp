@@ -229,18 +229,19 @@ struct Accumulator {
   }
 };
 
-// R rows against T tiles. `stride`: rows of all panels, between the activations of one group and of the next.
+// Adds the product of R rows and T tiles over some groups to `y [tile][row][16]`. `stride`: rows of all panels, the
+// distance between the activations of one group and the next.
 template <int B, int R, int T>
 void multiply_tiles(const Geometry& geometry, const uint8_t* weights, const Position& position, const uint32_t* xs,
-                    const float* sums, int64_t stride, float* out) {
-  const int64_t groups = geometry.groups(), blocks = geometry.blocks(), header_bytes = geometry.header_bytes();
+                    const float* sums, int64_t stride, int64_t first, int64_t last, float* y) {
+  const int64_t blocks = geometry.blocks(), header_bytes = geometry.header_bytes();
   const int kind = geometry.scale_kind;
   const Unpacker<B, T> unpacker;
   Accumulator<R, T> accumulator;
-  __m512 y[T][R];
+  __m512 results[T][R];
   NEUQI_UNROLL for (int t = 0; t < T; ++t)
-    NEUQI_UNROLL for (int r = 0; r < R; ++r) y[t][r] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < groups; ++g, sums += stride) {
+    NEUQI_UNROLL for (int r = 0; r < R; ++r) results[t][r] = _mm512_load_ps(y + (t * R + r) * kTile);
+  for (int64_t g = first; g < last; ++g) {
     const uint8_t* codes = weights + position.codes + g * position.group_stride;
     accumulator.xs = xs + g * blocks * kPairs * stride;
     accumulator.start();
@@ -252,17 +253,17 @@ void multiply_tiles(const Geometry& geometry, const uint8_t* weights, const Posi
     NEUQI_UNROLL for (int t = 0; t < T; ++t, header += header_bytes) {
       __m512 scale = load16(header, 0, kind), zero = load16(header + header_bytes / 2, 0, kind);
       NEUQI_UNROLL for (int r = 0; r < R; ++r) {
-        __m512 sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[r]), accumulator.total(t, r));
-        y[t][r] = _mm512_fmadd_ps(scale, sum, y[t][r]);
+        __m512 sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[g * stride + r]), accumulator.total(t, r));
+        results[t][r] = _mm512_fmadd_ps(scale, sum, results[t][r]);
       }
     }
   }
   NEUQI_UNROLL for (int t = 0; t < T; ++t)
-    NEUQI_UNROLL for (int r = 0; r < R; ++r) _mm512_store_ps(out + (t * R + r) * kTile, y[t][r]);
+    NEUQI_UNROLL for (int r = 0; r < R; ++r) _mm512_store_ps(y + (t * R + r) * kTile, results[t][r]);
 }
 
 using Multiply = void (*)(const Geometry&, const uint8_t*, const Position&, const uint32_t*, const float*, int64_t,
-                          float*);
+                          int64_t, int64_t, float*);
 
 template <int B, int R>
 Multiply by_tiles(int tiles) {
@@ -308,16 +309,15 @@ struct Variant {
     for (int part = 0; part < parts; ++part) sums[part] = _mm512_reduce_add_ps(totals[part]);
   }
 
-  static void multiply(const Job<Variant>& job, const Position& position, int tiles, float* y) {
-    for (int64_t index = 0; index < job.panels; ++index) {
-      Panel panel = job.panel(index);
-      Multiply function = job.args.geometry.bits == 2   ? by_rows<2>(panel.rows, tiles)
-                          : job.args.geometry.bits == 3 ? by_rows<3>(panel.rows, tiles)
-                          : job.args.geometry.bits == 4 ? by_rows<4>(panel.rows, tiles)
-                                                        : by_rows<8>(panel.rows, tiles);
-      function(job.args.geometry, job.args.weights, position, job.group_xs(0, panel), job.group_sums(0, panel), job.rows(),
-               y + panel.first_row * tiles * kTile);
-    }
+  static void multiply(const Job<Variant>& job, const Panel& panel, const Position& position, int tiles, int64_t first,
+                       int64_t last, float* y) {
+    const Geometry& geometry = job.args.geometry;
+    Multiply function = geometry.bits == 2   ? by_rows<2>(panel.rows, tiles)
+                        : geometry.bits == 3 ? by_rows<3>(panel.rows, tiles)
+                        : geometry.bits == 4 ? by_rows<4>(panel.rows, tiles)
+                                             : by_rows<8>(panel.rows, tiles);
+    function(geometry, job.args.weights, position, job.group_xs(0, panel), job.group_sums(0, panel), job.rows(), first,
+             last, y);
   }
 
   static void store(void* y, int64_t index, int kind, const float* values, int parts, const float* bias, int count) {

@@ -84,15 +84,20 @@ NEUQI_INLINE void multiply_block(const uint8_t* codes, int64_t register_stride, 
   }
 }
 
+// Adds the product of R rows and a tile over some groups to `y [row][16]`. `stride`: rows of all panels, the distance
+// between the activations of one group and the next.
 template <int B, int R>
 void multiply_tile(const Geometry& geometry, const uint8_t* weights, const Position& position, const float* xs,
-                   const float* sums, int64_t stride, float* out) {
+                   const float* sums, int64_t stride, int64_t first, int64_t last, float* y) {
   constexpr int T = kPartsAtOnce;
   const int kind = geometry.scale_kind;
   for (int part = 0; part < kPartsOfTile; part += T) {
-    Floats y[T][R] = {};
+    Floats results[T][R];
+    NEUQI_UNROLL for (int t = 0; t < T; ++t)
+      NEUQI_UNROLL for (int r = 0; r < R; ++r)
+        std::memcpy(&results[t][r], y + r * kTile + (part + t) * kLanes, sizeof results[t][r]);
     Accumulator<R> accumulator;
-    for (int64_t g = 0; g < geometry.groups(); ++g) {
+    for (int64_t g = first; g < last; ++g) {
       const uint8_t* header = weights + position.header + g * position.group_stride;
       const uint8_t* codes = weights + position.codes + g * position.group_stride + part * 4 * kLanes;
       accumulator.xs = xs + g * geometry.group * stride;
@@ -105,17 +110,17 @@ void multiply_tile(const Geometry& geometry, const uint8_t* weights, const Posit
         Floats scale = load_floats(header, (part + t) * kLanes, kind);
         Floats zero = load_floats(header + geometry.header_bytes() / 2, (part + t) * kLanes, kind);
         NEUQI_UNROLL for (int r = 0; r < R; ++r)
-          y[t][r] += scale * (accumulator.total(t, r) - zero * sums[g * stride + r]);
+          results[t][r] += scale * (accumulator.total(t, r) - zero * sums[g * stride + r]);
       }
     }
     NEUQI_UNROLL for (int t = 0; t < T; ++t)
       NEUQI_UNROLL for (int r = 0; r < R; ++r)
-        std::memcpy(out + r * kTile + (part + t) * kLanes, &y[t][r], sizeof y[t][r]);
+        std::memcpy(y + r * kTile + (part + t) * kLanes, &results[t][r], sizeof results[t][r]);
   }
 }
 
 using Multiply = void (*)(const Geometry&, const uint8_t*, const Position&, const float*, const float*, int64_t,
-                          float*);
+                          int64_t, int64_t, float*);
 
 template <int B>
 Multiply by_rows(int rows) {
@@ -157,17 +162,15 @@ struct Variant {
     sums[0] = totals[0];
   }
 
-  static void multiply(const Job<Variant>& job, const Position& position, int, float* y) {
+  static void multiply(const Job<Variant>& job, const Panel& panel, const Position& position, int, int64_t first,
+                       int64_t last, float* y) {
     const Geometry& geometry = job.args.geometry;
-    for (int64_t index = 0; index < job.panels; ++index) {
-      Panel panel = job.panel(index);
-      Multiply function = geometry.bits == 2   ? by_rows<2>(panel.rows)
-                          : geometry.bits == 3 ? by_rows<3>(panel.rows)
-                          : geometry.bits == 4 ? by_rows<4>(panel.rows)
-                                               : by_rows<8>(panel.rows);
-      function(geometry, job.args.weights, position, job.group_xs(0, panel), job.group_sums(0, panel), job.rows(),
-               y + panel.first_row * kTile);
-    }
+    Multiply function = geometry.bits == 2   ? by_rows<2>(panel.rows)
+                        : geometry.bits == 3 ? by_rows<3>(panel.rows)
+                        : geometry.bits == 4 ? by_rows<4>(panel.rows)
+                                             : by_rows<8>(panel.rows);
+    function(geometry, job.args.weights, position, job.group_xs(0, panel), job.group_sums(0, panel), job.rows(), first,
+             last, y);
   }
 
   static void store(void* y, int64_t index, int kind, const float* values, int, const float* bias, int count) {
