@@ -111,7 +111,7 @@ class _NeuqiLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x [..., K] · Ŵᵀ + bias`` as ``[..., N]`` in the dtype of ``x``."""
-        return torch.ops.neuqi.gemm(
+        return ops.gemm(
             x,
             layer.qweight,
             layer.scale,
