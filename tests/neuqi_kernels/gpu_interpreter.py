@@ -126,7 +126,12 @@ def poison_empty() -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Run the case of a request; the result says how far off it is and whether it left its counters at zero."""
+    """Do what a request asks for: its ``task`` is a function of this module, a product without one."""
+    return globals()[request.pop("task", "product")](request)
+
+
+def product(request: dict[str, Any]) -> dict[str, Any]:
+    """Run a case; the result says how far off it is and whether it left its counters at zero."""
     import gpu_cases as cases
 
     from neuqi_kernels.gpu.plan import target_of
@@ -148,6 +153,27 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         result["same_bits_again"] = torch.equal(y.view(torch.int16), again.view(torch.int16))
         result["same_bits_among_few"] = torch.equal(y[:5].view(torch.int16), few.view(torch.int16))
     return result
+
+
+def experts(request: dict[str, Any]) -> dict[str, Any]:
+    """Run a case of experts."""
+    import gpu_cases as cases
+
+    y, expected = cases.moe_multiply(cases.MoeCase(**request))
+    return {"error": cases.relative_error(y, expected)}
+
+
+def repack(request: dict[str, Any]) -> dict[str, Any]:
+    """Repack random words, of several experts where ``experts`` is above 0, with the kernel and with its slow twin."""
+    from neuqi_kernels import layout
+    from neuqi_kernels.gpu import launch, planar
+
+    n, k, bits, count = (request[name] for name in ("n", "k", "bits", "experts"))
+    shape = (count, n) if count else (n,)
+    codes = torch.randint(0, 1 << bits, (max(1, count) * n, k), dtype=torch.uint8)
+    qweight = layout.pack(codes, bits).view(*shape, -1)
+    words = launch.to_planar(qweight, bits)
+    return {"equal": torch.equal(words, planar.to_planar(qweight, bits)), "shape": list(words.shape)}
 
 
 if __name__ == "__main__":
