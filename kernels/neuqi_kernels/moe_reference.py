@@ -68,7 +68,7 @@ def moe_gemm(
     blocks = int(num_tokens_post_padded) // block_size
     owners = expert_ids[:blocks].repeat_interleave(block_size)
     ids = sorted_token_ids[: blocks * block_size].to(torch.int64)
-    for expert in owners.unique().tolist():
+    for expert in sorted(set(owners.tolist())):
         mine = ids[(owners == expert) & (ids < routes)]
         if expert < 0 or not mine.numel():
             continue

@@ -156,3 +156,19 @@ def test_a_layer_without_a_bias(interpreter: Any, case: dict[str, Any]) -> None:
 )
 def test_repacking_equals_its_slow_twin(interpreter: Any, case: dict[str, Any]) -> None:
     assert interpreter.run(case)["equal"]
+
+
+LAYER = {"bits": 4, "group_size": 32, "n": 64, "k": 128, "dtype": "bfloat16", "bias": False}
+WARM_UP = {"task": "warm_up", "layers": [LAYER, LAYER, {**LAYER, "n": 128}, {**LAYER, "bias": True}]}
+
+
+@pytest.mark.parametrize("case", [WARM_UP], ids=["layers"])
+def test_warming_up_compiles_every_planned_kernel_once(interpreter: Any, case: dict[str, Any]) -> None:
+    first, again, wider, with_bias = interpreter.run(case)["steps"]
+    tiles = [["decode_mm", 8, 1], ["decode_mm", 16, 9], ["decode_mm", 32, 17], ["mid_mm", 64, 33]]
+    tiles += [["prefill_mm", 64, 257], ["dequant", 0, 2049]]
+    assert first == [[*tile, False] for tile in tiles]
+    assert again == []
+    # Another number of rows is the same machine code.
+    assert wider == []
+    assert with_bias == [[*tile, True] for tile in tiles]

@@ -135,5 +135,5 @@ def test_an_unknown_block_size_is_refused() -> None:
     prepared = TRITON_MOE.prepare(*random_experts(3), spec)
     aligned = moe_reference.align_routes(TOPK_IDS, 5, 4)
     x = torch.randn(4, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="expected a block size of .* got 4"):
+    with pytest.raises(ValueError, match=r"expected a block size of .* got 4"):
         TRITON_MOE.moe_gemm(x, *prepared, None, None, *aligned, 17, 3, 4, 3, 32)

@@ -34,13 +34,13 @@ def decode_tile(
 ):
     """Return ``acc [TILE_ROWS, BLOCK_M]``: the K tiles from first to last of one row tile times a block of tokens.
 
-    ``token_ptr [RUN, BLOCK_M]`` points at the first run of each token, ``tile_ptr [TILE_ROWS, RUN]`` at the words of the
-    row tile. The product is computed transposed so that codes are the matrix operand that stays in registers and tokens
-    are the short side. Per group, ``Σ scale·(q − zero)·x`` is ``scale·(Σ (q + c)·x − (zero + c)·Σ x)``, c the
+    ``token_ptr [RUN, BLOCK_M]`` points at the first run of each token, ``tile_ptr [TILE_ROWS, RUN]`` at the words of
+    the row tile. The product is computed transposed so that codes are the matrix operand that stays in registers and
+    tokens are the short side. Per group, ``Σ scale·(q − zero)·x`` is ``scale·(Σ (q + c)·x − (zero + c)·Σ x)``, c the
     ``code_offset``: codes enter as they are, the real zero-point once, in float32. ``Σ x`` is a product with ones,
     which leaves it in the registers that need it.
     """
-    HALF: tl.constexpr = DTYPE == tl.float16
+    HALF: tl.constexpr = tl.float16 == DTYPE
     OFFSET: tl.constexpr = code_offset(BITS, HALF)
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     RUNS: tl.constexpr = 3 if BITS == 3 else 1

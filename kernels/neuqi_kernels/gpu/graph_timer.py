@@ -28,12 +28,12 @@ def time_in_graphs(contenders: Mapping[Plan, Sequence[Product]]) -> dict[Plan, f
     runs: dict[Plan, list[float]] = {plan: [] for plan in contenders}
     for _ in range(_REPLAYS):
         for plan, (graph, calls) in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()  # type: ignore[no-untyped-call]
-            graph.replay()  # type: ignore[no-untyped-call]
-            end.record()  # type: ignore[no-untyped-call]
-            end.synchronize()  # type: ignore[no-untyped-call]
-            runs[plan].append(begin.elapsed_time(end) / 1e3 / calls)  # type: ignore[no-untyped-call]
+            begin, end = _event(), _event()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            runs[plan].append(begin.elapsed_time(end) / 1e3 / calls)
     return {plan: statistics.median(seconds[1:]) for plan, seconds in runs.items()}
 
 
@@ -48,3 +48,7 @@ def _captured(products: Sequence[Product]) -> tuple[torch.cuda.CUDAGraph, int]:
             for product in products:
                 product()
     return graph, rounds * len(products)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

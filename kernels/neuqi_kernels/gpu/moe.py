@@ -1,8 +1,8 @@
 """``moe_decode_mm`` and ``moe_prefill_mm``: blocks of tokens, each times the weights of the expert they were sent to.
 
-The tiles are those of the dense kernels. The tokens come in vLLM's layout: ``sorted_ids`` lists routes (token·top_k + the
-place of the expert among its top k) so that each block of BLOCK_M belongs to one expert, ``expert_ids`` names it, and
-blocks are filled up with routes ≥ m. K is not split: the experts of a batch give programs enough.
+The tiles are those of the dense kernels. The tokens come in vLLM's layout: ``sorted_ids`` lists routes (token·top_k +
+the place of the expert among its top k) so that each block of BLOCK_M belongs to one expert, ``expert_ids`` names it,
+and blocks are filled up with routes ≥ m. K is not split: the experts of a batch give programs enough.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

@@ -27,8 +27,8 @@ def moe_gemm(
 ) -> torch.Tensor:
     """Return ``y [tokens·top_k, n]`` for ``x [tokens, k]``; ``group`` 0 is the whole row.
 
-    The grid covers as many blocks as there can be; those beyond ``num_tokens_post_padded``, which only the device knows,
-    end at once. Rows of y that no block names are left unwritten.
+    The grid covers as many blocks as there can be; those beyond ``num_tokens_post_padded``, which only the device
+    knows, end at once. Rows of y that no block names are left unwritten.
     """
     tokens, k = x.shape
     m = tokens * top_k

@@ -21,8 +21,8 @@ MID_TOKENS = 256
 # Beyond this many tokens the weights are written out for torch's dense product. Whether it is the right place to hand
 # over is for benchmarks/gpu_kernels.py to show on the GPU at hand.
 DENSE_TOKENS = 2048
-# The fifth-generation matrix units (sm_100 to sm_119) take no operand from registers. There the tiles of decoding, on the
-# older instructions, cost the fewest per weight up to this many tokens; beyond, the dense product has the new ones.
+# The fifth-generation matrix units (sm_100 to sm_119) take no operand from registers. There the tiles of decoding, on
+# the older instructions, cost the fewest per weight up to this many tokens; beyond, the dense product has the new ones.
 _DENSE_TOKENS_SM100 = 64
 # Programs that split K share one counter per tile of the output; so many blocks of tokens have counters.
 SPLIT_TOKEN_BLOCKS = 4
@@ -97,8 +97,8 @@ def plan(
 ) -> Plan:
     """Choose the kernel and its tiles for ``m`` tokens; ``group`` 0 is the whole row.
 
-    ``batch_invariant``: the plan depends on N and K alone, so that a token gets the same bits from the same machine code
-    however many others there are; prompts then run on the tiles of decoding, at less speed.
+    ``batch_invariant``: the plan depends on N and K alone, so that a token gets the same bits from the same machine
+    code however many others there are; prompts then run on the tiles of decoding, at less speed.
     """
     if batch_invariant:
         return _decode(target, bits, group, n, k, INVARIANT_TOKENS)

@@ -39,7 +39,7 @@ def prefill_tile(
     float32, rounded once to DTYPE, and stays in registers as the left operand. A step is one run of words: a whole
     tile, or a third of a 3-bit tile, which adds one bit of the sixteenth plane.
     """
-    HALF: tl.constexpr = DTYPE == tl.float16
+    HALF: tl.constexpr = tl.float16 == DTYPE
     OFFSET: tl.constexpr = code_offset(BITS, HALF)
     RUNS: tl.constexpr = 3 if BITS == 3 else 1
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS

@@ -26,8 +26,8 @@ Product = Callable[[], torch.Tensor]
 # Seconds of a call of each plan, from calls that each use other weights.
 Timer = Callable[[Mapping[Plan, Sequence[Product]]], Mapping[Plan, float]]
 
-# rel-L2 against float64: half a unit in the last place of the result and of each weight, and as much again.
-TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4.8e-3}
+# rel-L2 against float64: half a unit in the last place of the result and of each weight, and a quarter as much again.
+TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
 # A plan replaces the rule's only where it is faster by more than a measurement repeats itself.
 MIN_GAIN = 1.02
 _SAMPLED_ROWS = 97

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,28 +87,36 @@ def read(path: Path) -> tuple[str, list[Run]]:
         ) from error
 
 
-def write(path: Path, architecture: str, run: Run) -> None:
-    """Add ``run`` to the file, in place of earlier entries for the same layers; all or nothing.
+def check_writable(path: Path, architecture: str) -> list[Run]:
+    """Return the runs that the file has already, so that hours of measuring do not end in an error.
 
     Raises:
         ValueError: the file that is there is no table, or one of another architecture.
+        OSError: the folder cannot be written to.
     """
     known, runs = read(path) if path.exists() else (architecture, [])
     if known != architecture:
         raise ValueError(
             f"expected a table of {architecture} in {path}, it is one of {known}. Name another file."
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        return runs
+
+
+def write(path: Path, architecture: str, run: Run) -> None:
+    """Add ``run`` to the file, in place of earlier entries for the same layers; all or nothing.
+
+    Raises:
+        ValueError: the file that is there is no table, or one of another architecture.
+    """
+    runs = check_writable(path, architecture)
     replaced = {_place(entry) for entry in run.entries}
     kept = []
     for old in runs:
-        entries = [_encoded(entry) for entry in old.entries if _place(entry) not in replaced]
-        kept += [asdict(old) | {"entries": entries}] if entries else []
-    body = {
-        "version": VERSION,
-        "architecture": architecture,
-        "runs": [*kept, asdict(run) | {"entries": [_encoded(entry) for entry in run.entries]}],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
+        entries = tuple(entry for entry in old.entries if _place(entry) not in replaced)
+        kept += [asdict(replace(old, entries=entries))] if entries else []
+    body = {"version": VERSION, "architecture": architecture, "runs": [*kept, asdict(run)]}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as partial:
         try:
             json.dump(body, partial, indent=1)
@@ -147,10 +155,6 @@ def _files(extra: str | None) -> Iterator[Path]:
 
 def _place(entry: Entry) -> tuple[int, int, int, int, int]:
     return entry.bits, entry.group, entry.n, entry.k, entry.tokens
-
-
-def _encoded(entry: Entry) -> dict[str, Any]:
-    return asdict(entry)
 
 
 def _run(body: dict[str, Any]) -> Run:

@@ -45,8 +45,8 @@ def warm_up(gemm: Callable[..., torch.Tensor], prepared: Prepared, spec: GemmSpe
     if signature in _seen:
         return
     # What Triton compiles for beside the plan: dtypes, constants, and whether sizes are multiples of 16.
-    kind = (spec.bits, spec.group_size, spec.dtype, spec.scale_dtype, has_bias, device)
-    kind += (spec.k % tile_features(spec.bits) == 0, spec.n % 16 == 0)
+    shape = (spec.k % tile_features(spec.bits) == 0, spec.n % 16 == 0)
+    kind = (spec.bits, spec.group_size, spec.dtype, spec.scale_dtype, has_bias, device, shape)
     bias = torch.zeros(spec.n, dtype=spec.dtype, device=device) if has_bias else None
     for chosen, tokens in planned(spec, device).items():
         if (kind, chosen) in _compiled:
