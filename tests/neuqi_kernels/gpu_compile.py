@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def planned(target: Target, bits: int, group: int, k: int, m: int, kernel: str) 
     if kernel.startswith("moe_"):
         return moe_plan(target, bits, group, m)
     if kernel in ("dequant", "repack"):
-        return Plan(kernel)
+        return Plan(kernel, warps=launch.REPACK_WARPS if kernel == "repack" else 4)
     chosen = rule(target, bits, group, 4096, k, m)
     assert kernel in ("", chosen.kernel)
     return chosen
@@ -210,8 +211,11 @@ def write_table() -> None:
     """Replace the installed Triton's entry of the table: a line for every case of the gate."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     lines: dict[str, dict[str, float]] = {}
-    for case in gate_cases():
-        result = compile_case(**case)
+    cases = gate_cases()
+    with ProcessPoolExecutor() as pool:
+        results = [pool.submit(compile_case, **case) for case in cases]
+    for case, future in zip(cases, results, strict=True):
+        result = future.result()
         lines.setdefault(case["arch"], {})[table_key(case)] = result["instructions_per_weight"]
         print(case, result, flush=True)
     table[triton.__version__] = lines

@@ -10,6 +10,8 @@ from neuqi_kernels.gpu.planar import RUN, RUNS, TILE_ROWS, feature_tiles, row_ti
 from neuqi_kernels.gpu.prefill import dequant, prefill_mm
 from neuqi_kernels.gpu.repack import repack
 
+# With fewer, the words of a 3-bit tile do not fit into registers beside what is loaded for them.
+REPACK_WARPS = 8
 # Weights that are written out at a time before a dense product: bounds its scratch to 128 MiB.
 _DENSE_ELEMENTS = 1 << 26
 # Partial sums of a product that splits K: more tokens than fill 128 MiB of them are further launches.
@@ -104,7 +106,16 @@ def to_planar(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     words = torch.empty(
         *experts, *grid[:2], RUNS[bits], TILE_ROWS, RUN, dtype=torch.int16, device=qweight.device
     )
-    repack[grid](qweight, words, n, stream_words, BITS=bits, TILE_ROWS=TILE_ROWS, RUN=RUN, num_warps=4)
+    repack[grid](
+        qweight,
+        words,
+        n,
+        stream_words,
+        BITS=bits,
+        TILE_ROWS=TILE_ROWS,
+        RUN=RUN,
+        num_warps=REPACK_WARPS,
+    )
     return words
 
 

@@ -149,7 +149,8 @@ def moe_plan(target: Target, bits: int, group: int, block_size: int) -> Plan:
     """
     if block_size == INVARIANT_TOKENS:
         stages = _decode_stages(target, bits, group, block_size)
-        return Plan("moe_decode_mm", block_size, TILE_ROWS, 2, stages)
+        warps = _decode_warps(target, bits, block_size)
+        return Plan("moe_decode_mm", block_size, TILE_ROWS, warps, stages)
     if block_size not in _MOE_BLOCK_SIZES:
         raise ValueError(
             f"expected a block size of {(INVARIANT_TOKENS, *_MOE_BLOCK_SIZES)} tokens, got {block_size}. "
@@ -166,8 +167,8 @@ def stage_bytes(bits: int, block_m: int, block_n: int) -> int:
 
 def _decode(target: Target, bits: int, group: int, n: int, k: int, block_m: int) -> Plan:
     split_k = _split(row_tiles(n), feature_tiles(k, bits), bits, target, _PROGRAMS_PER_MULTIPROCESSOR)
-    # Two warps: the code stays HMMA on every architecture and Triton version, and small programs fill the GPU.
-    return Plan("decode_mm", block_m, TILE_ROWS, 2, _decode_stages(target, bits, group, block_m), split_k)
+    warps, stages = _decode_warps(target, bits, block_m), _decode_stages(target, bits, group, block_m)
+    return Plan("decode_mm", block_m, TILE_ROWS, warps, stages, split_k)
 
 
 def _decode_tokens(target: Target, bits: int, m: int) -> int:
@@ -176,6 +177,14 @@ def _decode_tokens(target: Target, bits: int, m: int) -> int:
     # The 3-bit tile of 512 features leaves registers for 16 tokens: more are further blocks. The narrowest matrix
     # product of AMD's GPUs has 16 columns.
     return 16 if m <= 16 or bits == 3 else 32
+
+
+def _decode_warps(target: Target, bits: int, block_m: int) -> int:
+    """Two: the code stays HMMA on every architecture and Triton version, and small programs fill the GPU."""
+    # With little shared memory the most partial sums take more registers than two warps have. Matrix products of four
+    # warps are other instructions on sm_90 and sm_100 only, which have a lot.
+    crowded = bits == 3 and block_m == 16 and target.shared_bytes < _WIDE_SHARED_BYTES
+    return 4 if crowded and target.capability else 2
 
 
 def _decode_stages(target: Target, bits: int, group: int, block_m: int) -> int:
