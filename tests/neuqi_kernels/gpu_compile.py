@@ -73,7 +73,8 @@ TABLE = Path(__file__).resolve().with_name("gpu_instructions.json")
 def planned(target: Target, bits: int, group: int, k: int, m: int, kernel: str) -> Plan:
     """The plan for ``m`` tokens, or for blocks of ``m`` tokens of one expert."""
     if kernel.startswith("moe_"):
-        return moe_plan(target, bits, group, m)
+        # Slabs of 8 in blocks of 16 are asked for by their own width.
+        return moe_plan(target, bits, group, max(m, 16), few=m == 8)
     if kernel in ("dequant", "repack"):
         return Plan(kernel, warps=launch.REPACK_WARPS if kernel == "repack" else 4)
     chosen = rule(target, bits, group, 4096, k, m)
@@ -115,7 +116,10 @@ def compile_case(
     target = TARGETS[arch]
     chosen = replace(planned(target, bits, group, k, m, kernel), **(tiles or {}))
     function = KERNELS[chosen.kernel]
-    options = launch.constants(chosen, target, bits, group, k, torch.float16, True) | {"WEIGHTED": True}
+    options = launch.constants(chosen, target, bits, group, k, torch.float16, True) | {
+        "WEIGHTED": True,
+        "BLOCK_SIZE": 16,
+    }
     compiler = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
     compiled = triton.compile(
         source_of(function, options, dtype), target=compiler, options={"num_warps": options["num_warps"]}

@@ -13,6 +13,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 LOW_BITS = (2, 3, 4)
 # Kernel, and tokens for which it is planned: one tile of them, or a block of one expert.
 KERNELS = (
+    ("moe_decode_mm", 8),
     ("moe_decode_mm", 16),
     ("mid_mm", 64),
     ("mid_mm", 200),
@@ -55,6 +56,8 @@ def other_cases() -> list[dict[str, Any]]:
         {"arch": "sm_86", "bits": 3, "k": 4096 + 32, "group": 0},
         {"arch": "sm_90", "bits": 4, "group": 64, "m": 12},
         {"arch": "sm_100", "bits": 3, "dtype": "float16", "group": 32, "kernel": "moe_decode_mm", "m": 16},
+        {"arch": "sm_89", "bits": 3, "group": 32, "m": 16},
+        {"arch": "sm_90", "bits": 3, "m": 16},
         {"arch": "sm_89", "bits": 3, "group": 32, "kernel": "moe_prefill_mm", "m": 64},
         {"arch": "sm_90", "bits": 3, "kernel": "moe_prefill_mm", "m": 128},
         {"arch": "gfx942", "bits": 3, "dtype": "float16", "group": 32, "k": 4096 + 32},

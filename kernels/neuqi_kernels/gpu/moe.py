@@ -1,8 +1,8 @@
 """``moe_decode_mm`` and ``moe_prefill_mm``: blocks of tokens, each times the weights of the expert they were sent to.
 
 The tiles are those of the dense kernels. The tokens come in vLLM's layout: ``sorted_ids`` lists routes (token·top_k +
-the place of the expert among its top k) so that each block of BLOCK_M belongs to one expert, ``expert_ids`` names it,
-and blocks are filled up with routes ≥ m. K is not split: the experts of a batch give programs enough.
+the place of the expert among its top k) so that each block belongs to one expert, ``expert_ids`` names it, and blocks
+are filled up with routes ≥ m. K is not split: the experts of a batch give programs enough.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -42,6 +42,7 @@ def moe_decode_mm(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     RUN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -51,20 +52,27 @@ def moe_decode_mm(
     MASK_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """``y [m, n]``, a row for every route, from ``x [m / top_k, k]``; grid (row tiles, blocks)."""
+    """``y [m, n]``, a row for every route, from ``x [m / top_k, k]``; grid (row tiles, slabs of BLOCK_M in blocks).
+
+    The routes were sorted in blocks of BLOCK_SIZE: a program takes a slab of one, so that an expert with few tokens
+    costs no more than these.
+    """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     RUNS: tl.constexpr = 3 if BITS == 3 else 1
 
-    block = tl.program_id(1)
-    if block * BLOCK_M >= tl.load(padded_routes_ptr):
+    first = tl.program_id(1) * BLOCK_M
+    if first >= tl.load(padded_routes_ptr):
+        return
+    # What fills a block up comes last in it.
+    if tl.load(sorted_ids_ptr + first) >= m:
         return
     row_tile = tl.program_id(0)
     row_tiles = tl.num_programs(0)
     in_rows = tl.arange(0, TILE_ROWS)
     rows = row_tile * TILE_ROWS + in_rows
-    routes = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+    routes = tl.load(sorted_ids_ptr + first + tl.arange(0, BLOCK_M))
+    expert = tl.load(expert_ids_ptr + first // BLOCK_SIZE).to(tl.int64)
     if expert < 0:
         store_nothing(y_ptr, routes, rows, m, n, TILE_ROWS, BLOCK_M)
         return

@@ -8,7 +8,7 @@ from neuqi_kernels.backend import Prepared
 from neuqi_kernels.env import batch_invariant
 from neuqi_kernels.gpu import planar
 from neuqi_kernels.gpu.backend import TRITON, pack_words
-from neuqi_kernels.gpu.plan import moe_block_size, moe_plan, target_of
+from neuqi_kernels.gpu.plan import FEW_ROUTES, moe_block_size, moe_plan, target_of
 from neuqi_kernels.spec import GemmSpec
 
 
@@ -70,8 +70,9 @@ class TritonMoe:
             return x.new_empty(0, n)
         target = target_of(x.device)
         group = 0 if group_size in (-1, k) else group_size
+        few = batch_invariant() or x.shape[0] * top_k <= FEW_ROUTES * qweight.shape[0]
         return moe_launch.moe_gemm(
-            moe_plan(target, bits, group, block_size),
+            moe_plan(target, bits, group, block_size, few),
             target,
             x.contiguous(),
             qweight,
@@ -83,6 +84,7 @@ class TritonMoe:
             num_tokens_post_padded,
             n,
             top_k,
+            block_size,
             bits,
             group,
         )

@@ -22,6 +22,7 @@ def moe_gemm(
     num_tokens_post_padded: torch.Tensor,
     n: int,
     top_k: int,
+    block_size: int,
     bits: int,
     group: int,
 ) -> torch.Tensor:
@@ -48,8 +49,10 @@ def moe_gemm(
     options["WEIGHTED"] = topk_weights is not None
     groups, row_tiles = pairs.shape[1], words.shape[1]
     # A block has a route at least, so that a few tokens have few blocks however many experts there are.
-    grid = (-(-n // chosen.block_n), min(expert_ids.shape[0], m))
+    blocks = min(expert_ids.shape[0], m)
+    grid = (-(-n // chosen.block_n), blocks * (block_size // chosen.block_m))
     if chosen.kernel == "moe_decode_mm":
+        options["BLOCK_SIZE"] = block_size
         moe_decode_mm[grid](*tensors, m, n, k, groups, top_k, **options)
     else:
         moe_prefill_mm[grid](*tensors, m, n, k, groups, row_tiles, top_k, **options)

@@ -26,9 +26,12 @@ DENSE_TOKENS = 2048
 _DENSE_TOKENS_SM100 = 64
 # Programs that split K share one counter per tile of the output; so many blocks of tokens have counters.
 SPLIT_TOKEN_BLOCKS = 4
-# Tokens of a program where a token must get the same bits whatever stands beside it. The narrowest tile of every GPU.
+# Tokens of a program where a token must get the same bits whatever stands beside it, and of the blocks of experts that
+# have few tokens.
 INVARIANT_TOKENS = 16
 MAX_SPLIT = 16
+# Tokens of an expert that fit into the narrowest slab of a block.
+FEW_ROUTES = 8
 _MOE_BLOCK_SIZES = (32, 64, 128)
 _MIN_PART_FEATURES = 512
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -101,7 +104,7 @@ def plan(
     code however many others there are; prompts then run on the tiles of decoding, at less speed.
     """
     if batch_invariant:
-        return _decode(target, bits, group, n, k, INVARIANT_TOKENS)
+        return _decode(target, bits, group, n, k, _decode_tokens(target, bits, group, INVARIANT_TOKENS))
     # Imported here, as the table is made of plans.
     from neuqi_kernels.gpu import tuning_table
 
@@ -116,7 +119,7 @@ def rule(target: Target, bits: int, group: int, n: int, k: int, m: int) -> Plan:
     there are.
     """
     if m <= (_DENSE_TOKENS_SM100 if target.fifth_generation else DECODE_TOKENS):
-        return _decode(target, bits, group, n, k, _decode_tokens(target, bits, m))
+        return _decode(target, bits, group, n, k, _decode_tokens(target, bits, group, m))
     if target.fifth_generation or m > DENSE_TOKENS:
         return Plan("dequant")
     chosen = _fused(
@@ -141,16 +144,19 @@ def moe_block_size(
     return _fused_tokens(target, bits, expected)
 
 
-def moe_plan(target: Target, bits: int, group: int, block_size: int) -> Plan:
+def moe_plan(target: Target, bits: int, group: int, block_size: int, few: bool) -> Plan:
     """Choose the kernel for blocks of ``block_size`` tokens of one expert. K is never split.
+
+    ``few``: an expert has ``FEW_ROUTES`` tokens on average or fewer.
 
     Raises:
         ValueError: no kernel has such blocks.
     """
     if block_size == INVARIANT_TOKENS:
-        stages = _decode_stages(target, bits, group, block_size)
-        warps = _decode_warps(target, bits, block_size)
-        return Plan("moe_decode_mm", block_size, TILE_ROWS, warps, stages)
+        # Three bits leave registers for the narrow slab alone, in a program that addresses experts.
+        block_m = _decode_tokens(target, bits, group, FEW_ROUTES if few or bits == 3 else block_size)
+        warps, stages = _decode_warps(target, bits, block_m), _decode_stages(target, bits, group, block_m)
+        return Plan("moe_decode_mm", block_m, TILE_ROWS, warps, stages)
     if block_size not in _MOE_BLOCK_SIZES:
         raise ValueError(
             f"expected a block size of {(INVARIANT_TOKENS, *_MOE_BLOCK_SIZES)} tokens, got {block_size}. "
@@ -171,8 +177,9 @@ def _decode(target: Target, bits: int, group: int, n: int, k: int, block_m: int)
     return Plan("decode_mm", block_m, TILE_ROWS, warps, stages, split_k)
 
 
-def _decode_tokens(target: Target, bits: int, m: int) -> int:
-    if m <= 8 and target.capability:
+def _decode_tokens(target: Target, bits: int, group: int, m: int) -> int:
+    # Three bits in groups of 32 have the most partial sums, and registers for 8 tokens.
+    if target.capability and (m <= 8 or (bits == 3 and group == 32)):
         return 8
     # The 3-bit tile of 512 features leaves registers for 16 tokens: more are further blocks. The narrowest matrix
     # product of AMD's GPUs has 16 columns.
