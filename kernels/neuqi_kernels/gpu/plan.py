@@ -153,10 +153,13 @@ def moe_plan(target: Target, bits: int, group: int, block_size: int, few: bool) 
         ValueError: no kernel has such blocks.
     """
     if block_size == INVARIANT_TOKENS:
-        # Three bits leave registers for the narrow slab alone, in a program that addresses experts.
+        # Three bits leave registers for the narrow slab alone in a program that addresses experts, and with three
+        # stages rather than two, where they fit.
         block_m = _decode_tokens(target, bits, group, FEW_ROUTES if few or bits == 3 else block_size)
-        warps, stages = _decode_warps(target, bits, block_m), _decode_stages(target, bits, group, block_m)
-        return Plan("moe_decode_mm", block_m, TILE_ROWS, warps, stages)
+        stages = _decode_stages(target, bits, group, block_m)
+        if bits == 3 and target.shared_bytes >= _WIDE_SHARED_BYTES:
+            stages = 3
+        return Plan("moe_decode_mm", block_m, TILE_ROWS, _decode_warps(target, bits, block_m), stages)
     if block_size not in _MOE_BLOCK_SIZES:
         raise ValueError(
             f"expected a block size of {(INVARIANT_TOKENS, *_MOE_BLOCK_SIZES)} tokens, got {block_size}. "
