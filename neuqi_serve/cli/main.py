@@ -19,6 +19,7 @@ VERBS = {
         "neuqi_serve.cli.inspect",
         "show bits and bytes of a packed checkpoint and check its integrity",
     ),
+    "bench": ("neuqi_serve.cli.bench", "time the GPU kernels, and tune them for the GPU at hand"),
 }
 _EPILOG = """exit codes: 0 ok, 1 other error, 2 usage, 3 does not fit, 4 unsupported model, 5 integrity, 6 port in use
 

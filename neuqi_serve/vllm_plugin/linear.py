@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 )
 
 from neuqi_kernels import dispatch, ops
+from neuqi_kernels.backend import CompilesWhenRun
 from neuqi_kernels.spec import GemmSpec
 from neuqi_serve.config import WHOLE_ROW, WeightSpec
 from neuqi_serve.errors import IntegrityError
@@ -108,6 +109,11 @@ class _NeuqiLinearMethod(LinearMethodBase):
         self.record.finished_at = time.perf_counter()
         layer.neuqi_record = self.record
         setattr(layer, _DONE, True)
+        if isinstance(backend, CompilesWhenRun):
+            # Now, as a kernel that compiles while a CUDA graph is captured breaks the capture. A layer with a bias runs
+            # without it too, where another rank adds it.
+            for has_bias in {getattr(layer, "bias", None) is not None, False}:
+                backend.warm_up(prepared, spec, has_bias)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x [..., K] · Ŵᵀ + bias`` as ``[..., N]`` in the dtype of ``x``."""
