@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from neuqi_kernels.backend import Prepared
-from neuqi_kernels.env import forced_backend
+from neuqi_kernels.env import batch_invariant, forced_backend
 from neuqi_kernels.gpu.preference import preferred_backend
 from neuqi_kernels.spec import GemmSpec
 
@@ -108,11 +108,22 @@ class HummingBackend:
             return x.new_empty(*x.shape[:-1], n)
         config = layer_config(n, k, bits, _group(group_size, k), x.dtype, _capability(x.device))
         y: torch.Tensor = humming_forward(
-            config, tokens, qweight, weight_scale=scale[0], zero_point=scale[1], locks=zero
+            config,
+            tokens,
+            qweight,
+            weight_scale=scale[0],
+            zero_point=scale[1],
+            locks=zero,
+            compute_config={"use_batch_invariant": batch_invariant()},
         )
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], n)
+
+    def warm_up(self, prepared: Prepared, spec: GemmSpec, has_bias: bool) -> None:
+        """Compile the kernels of the layer: Humming makes those for all numbers of tokens at the first product."""
+        x = torch.zeros(1, spec.k, dtype=spec.dtype, device=prepared[0].device)
+        self.gemm(x, *prepared, None, spec.n, spec.bits, spec.group_size)
 
     def dequantize(
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec
