@@ -33,7 +33,7 @@ from gpu_budget import Budget
 from gpu_capture import Captured, capture
 from gpu_clocks import read_clocks
 from gpu_peers.awq_triton import AWQ_TRITON
-from gpu_peers.contender import Contender, Peer
+from gpu_peers.contender import Contender, Peer, capability
 from gpu_peers.dense import DENSE
 from gpu_peers.gemlite import GEMLITE
 from gpu_peers.humming import HUMMING
@@ -78,7 +78,12 @@ class Run:
         cases.append(what)
 
     def notes(self) -> dict[str, object]:
-        return {"left out for lack of time": self.budget.left_out, "absent": self.absent}
+        major, minor = capability()
+        return {
+            "architecture": f"sm_{major}{minor}",
+            "left out for lack of time": self.budget.left_out,
+            "absent": self.absent,
+        }
 
 
 def contenders_of(run: Run, case: Case) -> dict[str, Contender]:
