@@ -204,7 +204,7 @@ def run_block(run: Run, case: Case, tokens: Sequence[int]) -> None:
         if run.budget.fits("measurement", 1, str(at)):
             with run.budget.spend("measurement", 1):
                 run.records += measure(run, at, found)
-    gpu = str(torch.cuda.get_device_properties(0).uuid)
+    gpu = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
     for metric, (value, unit) in read_clocks(f"GPU-{gpu}").items():
         run.records.append(Record(case.record("GPU"), metric, value, unit))
     del found

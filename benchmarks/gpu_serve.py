@@ -35,7 +35,9 @@ UNQUANTIZED_BITS = 16
 NAME = "gpu_serve"
 # Tokens of a prompt and of its answer.
 LENGTHS = {"8b": (512, 128), "tiny": (24, 9)}
-SHOWN_LOG_LINES = 12
+SHOWN_LOG_LINES = 30
+# The largest block of vLLM's KV cache: every request fills whole ones.
+BLOCK_TOKENS = 128
 # vLLM on a processor with few cores: see neuqi_serve/server/process_environment.py.
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "passive"}
 
@@ -72,7 +74,9 @@ def run_one(configuration: Configuration, model: Path, options: argparse.Namespa
             return f"was not done after {options.minutes:g} minutes"
         if done.returncode != 0 or not result.exists():
             lines = done.stdout.strip().splitlines()[-SHOWN_LOG_LINES:]
-            return f"ended with {done.returncode}: " + " / ".join(line.strip() for line in lines)
+            print(*lines, sep="\n", file=sys.stderr)
+            errors = [line.strip() for line in lines if "Error" in line or "error:" in line]
+            return f"ended with {done.returncode}: {(errors or lines or ['without a word'])[-1]}"
         return json.loads(result.read_text())
 
 
@@ -80,7 +84,8 @@ def command_of(
     configuration: Configuration, model: Path, options: argparse.Namespace, result: Path
 ) -> list[str]:
     prompt_tokens, new_tokens = LENGTHS[options.shape]
-    tokens = max(options.batches) * (prompt_tokens + new_tokens + 16)
+    request_tokens = -(-(prompt_tokens + new_tokens + 1) // BLOCK_TOKENS) * BLOCK_TOKENS
+    tokens = max(options.batches) * request_tokens + BLOCK_TOKENS
     command = [sys.executable, str(ONCE), "--model", str(model), "--device", options.device]
     command += ["--bits", str(configuration.bits), "--group-size", str(configuration.group_size)]
     command += ["--batches", *map(str, options.batches), "--repeats", str(options.repeats)]

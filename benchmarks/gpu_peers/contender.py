@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -70,6 +71,7 @@ def copies_of(
     return Contender(bound, layer_bytes, layer, tolerance, dtype)
 
 
+@functools.cache
 def needs(*modules: str) -> str | None:
     """Why the first of the modules that does not import fails, or None."""
     for module in modules:

@@ -1,4 +1,4 @@
-"""Humming: CUDA, 2, 3 and 4 bits, real zero-points in the dtype of the activations; through our own backend."""
+"""Humming: CUDA, 2, 3 and 4 bits, real zero-points in the dtype of the activations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ class Humming:
         return BACKEND.refuse_to_run(case.spec) or needs("humming.forward")
 
     def build(self, case: Case, layer: Layer, rotated_bytes: int) -> Contender:
+        from humming.tune import get_heuristics_config
+
         qweight = layout.pack(layer.codes, case.bits)
         prepared = BACKEND.prepare(qweight, layer.scale, layer.zero, case.spec)
+        config = BACKEND.config(case.spec, layer.codes.device)
+        tunings: dict[int, dict[str, object]] = {}
 
         def product(x: Tensor, *tensors: Tensor) -> Tensor:
-            return BACKEND.gemm(x, *tensors, None, case.n, case.bits, case.group_size)
+            # Left to itself the package compiles the kernels for all numbers of tokens before the first product.
+            if len(x) not in tunings:
+                tunings[len(x)] = get_heuristics_config(config, shape_m=len(x), device=x.device)
+            return BACKEND.product(config, x, *tensors, tuning=tunings[len(x)])
 
         return copies_of(layer, prepared, product, rotated_bytes, TOLERANCE)
 

@@ -69,14 +69,14 @@ RESULT = {
 
 def test_a_configuration_that_fails_is_a_row_that_says_why(serve, tmp_path, capsys):
     serve.use(
-        "if bits == '3':\n    print('loading')\n    sys.exit('out of memory')\n"
+        "if bits == '3':\n    print('loading')\n    raise MemoryError('no room')\n"
         f"open(sys.argv[-2], 'w').write(json.dumps({RESULT!r}))\n"
     )
     out = tmp_path / "out"
     options = ["--shape", "tiny", "--device", "cpu", "--bits", "3", "4", "--batches", "1"]
     assert serve.main([*options, "--out", str(out), "--folder", str(tmp_path)]) == 1
     result = json.loads((out / "gpu_serve_cpu.json").read_text())
-    assert result["notes"]["failed"] == {"3 bits, group 128": "ended with 1: loading / out of memory"}
+    assert result["notes"]["failed"] == {"3 bits, group 128": "ended with 1: MemoryError: no room"}
     assert {record["case"]["bits"] for record in result["records"]} == {16, 4}
     ratios = {record["ratio"] for record in result["records"] if record["case"]["bits"] == 4}
     assert ratios == {1.0, None}

@@ -75,15 +75,7 @@ class HummingBackend:
             "weight_scale": scale.to(spec.dtype),
             "zero_point": zero.to(spec.dtype),
         }
-        config = layer_config(
-            spec.n,
-            spec.k,
-            spec.bits,
-            _group(spec.group_size, spec.k),
-            spec.dtype,
-            _capability(qweight.device),
-        )
-        moved = transform_humming_tensors(config, tensors)
+        moved = transform_humming_tensors(self.config(spec, qweight.device), tensors)
         pair = torch.stack((moved["weight_scale"], moved["zero_point"]))
         locks = torch.zeros(_LOCKS, dtype=torch.int32, device=qweight.device)
         return moved["weight"], pair, locks
@@ -100,28 +92,50 @@ class HummingBackend:
         group_size: int,
     ) -> torch.Tensor:
         """Return ``x·Ŵᵀ + bias``; ``qweight, scale, zero`` are the words, pairs and counters of ``prepare``."""
-        from humming.forward import humming_forward
-
         k = x.shape[-1]
         tokens = x.reshape(-1, k).contiguous()
         if tokens.shape[0] == 0:
             return x.new_empty(*x.shape[:-1], n)
         config = layer_config(n, k, bits, _group(group_size, k), x.dtype, _capability(x.device))
-        y: torch.Tensor = humming_forward(
-            config,
-            tokens,
-            qweight,
-            weight_scale=scale[0],
-            zero_point=scale[1],
-            locks=zero,
-            compute_config={"use_batch_invariant": batch_invariant()},
-        )
+        y = self.product(config, tokens, qweight, scale, zero)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], n)
 
+    def config(self, spec: GemmSpec, device: torch.device) -> Any:
+        """Return Humming's ``LayerConfig`` of the layer on the GPU behind ``device``."""
+        group = _group(spec.group_size, spec.k)
+        return layer_config(spec.n, spec.k, spec.bits, group, spec.dtype, _capability(device))
+
+    def product(
+        self,
+        config: Any,
+        x: torch.Tensor,
+        words: torch.Tensor,
+        pair: torch.Tensor,
+        locks: torch.Tensor,
+        tuning: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Return ``x [M, K]·Ŵᵀ`` as ``[M, N]``; without ``tuning`` by Humming's own table for all M."""
+        from humming.forward import humming_forward
+
+        y: torch.Tensor = humming_forward(
+            config,
+            x,
+            words,
+            weight_scale=pair[0],
+            zero_point=pair[1],
+            locks=locks,
+            compute_config={"use_batch_invariant": batch_invariant()},
+            tuning_config=tuning,
+        )
+        return y
+
     def warm_up(self, prepared: Prepared, spec: GemmSpec, has_bias: bool) -> None:
-        """Compile the kernels of the layer: Humming makes those for all numbers of tokens at the first product."""
+        """Compile the kernels of the layer: at its first product Humming makes those for all numbers of tokens.
+
+        That takes long, once per shape: the next start finds them on the disk.
+        """
         x = torch.zeros(1, spec.k, dtype=spec.dtype, device=prepared[0].device)
         self.gemm(x, *prepared, None, spec.n, spec.bits, spec.group_size)
 
