@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if run.records:
             path = report(NAME, run.records, options.out, run.notes())
             gpu_report.render(path)
-    for line in budget.left_out:
+    for line in gpu_report.shortened(budget.left_out):
         print(f"left out for lack of time: {line}")
     return None
 

@@ -27,6 +27,7 @@ PLOTTED_SHAPES = 3
 BARRED_SHAPES = 6
 # Beyond so many tokens reading the weights is no longer what takes the time.
 BANDWIDTH_TOKENS = 16
+LISTED_OMISSIONS = 20
 Row = dict[str, Any]
 
 
@@ -130,8 +131,14 @@ def omissions(notes: Row) -> list[str]:
         for reason, cases in reasons.items():
             more = "" if len(cases) == 1 else f" and {len(cases) - 1} more"
             lines.append(f"- {peer}, {cases[0]}{more}: {reason}")
-    lines += [f"- {line}" for line in notes.get("left out for lack of time", [])]
+    lines += [f"- {line}" for line in shortened(notes.get("left out for lack of time", []))]
     return ["", "## Left out", "", *lines] if lines else []
+
+
+def shortened(lines: Sequence[str]) -> list[str]:
+    """The first lines, and how many there are more; the result file has them all."""
+    more = len(lines) - LISTED_OMISSIONS
+    return [*lines[:LISTED_OMISSIONS], *([f"and {more} more for lack of time"] if more > 0 else [])]
 
 
 def plot(result: Row, path: Path) -> None:

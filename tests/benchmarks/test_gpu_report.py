@@ -91,6 +91,13 @@ def test_the_table_says_what_was_left_out_and_the_clocks(load):
     assert "nvidia-smi did not answer" in text
 
 
+def test_long_lists_are_shortened(load):
+    report = load("gpu_report")
+    lines = [str(number) for number in range(25)]
+    assert report.shortened(lines) == [*lines[:20], "and 5 more for lack of time"]
+    assert report.shortened(lines[:20]) == lines[:20]
+
+
 def test_render_writes_both_files(load, tmp_path):
     report = load("gpu_report")
     path = tmp_path / "gpu_kernels.json"
