@@ -5,9 +5,9 @@
 
 Every configuration is a process of its own: its memory and its load time are its own, and one that fails is a row that
 says why. Metrics, ratios against bf16: ``decode_rate`` and ``prefill_rate`` in tokens a second of all requests of a
-batch together; ``weight_bytes``; ``peak_bytes`` (on a GPU what torch allocated at most, the KV cache included, which is
-the same for all; on a processor the resident set); ``engine_seconds`` until vLLM is ready, and of these what reading,
-quantizing and repacking took.
+batch together; ``weight_bytes``; ``load_peak_bytes`` and ``peak_bytes``, the most in use until vLLM was ready and over
+all (on a GPU, the KV cache included, which is the same for all; on a processor the resident set); ``engine_seconds``
+until vLLM was ready, and of these what reading, quantizing and repacking took.
 
 The locked CUDA requirements bring a vLLM with the torch that it was built for. On a machine that has to keep torch 2.11
 (and Triton 3.6), vLLM 0.26.0 is the one that fits: ``pip install vllm==0.26.0``; 0.27 and later replace torch. It is
@@ -114,7 +114,7 @@ def records_of(
         for metric in ("decode_rate", "prefill_rate"):
             base = compared["rates"][batch][metric] if compared else None
             add({"batch": int(batch)}, metric, "tokens/s", rates[metric], base)
-    for metric in ("weight_bytes", "peak_bytes"):
+    for metric in ("weight_bytes", "load_peak_bytes", "peak_bytes"):
         add({}, metric, "bytes", measured[metric], compared[metric] if compared else None)
     add(
         {},

@@ -25,6 +25,7 @@ os.environ |= {
 }
 
 import torch
+from peak_sampler import PeakSampler, gpu_bytes_in_use
 
 UNQUANTIZED_BITS = 16
 # Room for the blocks that are not full.
@@ -100,20 +101,28 @@ def measure(llm: Any, batch: int, options: argparse.Namespace) -> dict[str, floa
     return {"prefill_rate": statistics.median(prefill), "decode_rate": statistics.median(decode)}
 
 
+def resident_peak_bytes(llm: Any) -> int:
+    return int(llm.collective_rpc("neuqi_load_report")[0]["peak_rss_bytes"])
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    started = time.perf_counter()
-    llm = start_engine(options)
-    engine_seconds = time.perf_counter() - started
-    report = llm.collective_rpc("neuqi_load_report")[0]
-    weights = report["weight_bytes"]
-    rates = {batch: measure(llm, batch, options) for batch in options.batches}
     on_gpu = options.device == "cuda"
+    before = gpu_bytes_in_use() if on_gpu else 0
+    with PeakSampler(gpu_bytes_in_use if on_gpu else lambda: 0) as sampler:
+        started = time.perf_counter()
+        llm = start_engine(options)
+        engine_seconds = time.perf_counter() - started
+        load_peak = sampler.peak
+        report = llm.collective_rpc("neuqi_load_report")[0]
+        rates = {batch: measure(llm, batch, options) for batch in options.batches}
+    weights = report["weight_bytes"]
     return {
         "engine_seconds": engine_seconds,
         "phases": report["phases"],
         "backends": report["backends"],
         "weight_bytes": weights["packed"] + weights["scale_zero"] + weights["unquantized"],
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else report["peak_rss_bytes"],
+        "load_peak_bytes": load_peak - before if on_gpu else report["peak_rss_bytes"],
+        "peak_bytes": sampler.peak - before if on_gpu else resident_peak_bytes(llm),
         "rates": rates,
     }
 

@@ -28,7 +28,14 @@ def test_on_a_processor_it_runs_end_to_end(tmp_path):
     found = {}
     for record in result["records"]:
         found.setdefault(record["metric"], {})[record["case"]["bits"], record["case"].get("batch")] = record
-    metrics = {"decode_rate", "prefill_rate", "weight_bytes", "peak_bytes", "engine_seconds"}
+    metrics = {
+        "decode_rate",
+        "prefill_rate",
+        "weight_bytes",
+        "load_peak_bytes",
+        "peak_bytes",
+        "engine_seconds",
+    }
     assert set(found) == metrics | {"read_seconds", "quantize_seconds", "repack_seconds"}
     assert set(found["decode_rate"]) == {(bits, batch) for bits in (16, 3) for batch in (1, 3)}
     assert all(record["value"] > 0 for records in found.values() for record in records.values())
@@ -62,6 +69,7 @@ RESULT = {
     "phases": {"read": 2.0},
     "backends": {"triton": 4},
     "weight_bytes": 100,
+    "load_peak_bytes": 150,
     "peak_bytes": 200,
     "rates": {"1": {"prefill_rate": 50.0, "decode_rate": 5.0}},
 }
