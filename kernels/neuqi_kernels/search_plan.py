@@ -20,8 +20,8 @@ class SearchPlan:
     towards the minimum of the paper's surrogate lead to. From each start ``refinements`` regressions, each going
     ``overshoot`` times as far as it says. The best of ``NEIGHBOURS`` goes on.
 
-    Three stages: how many points are ``kept``, how many more ``passes`` each gets, and how far these overshoot. Long
-    groups are searched as histograms; the last points then get ``final_passes`` on the weights themselves.
+    Three stages: how many points are ``kept``, and how many more ``passes`` each gets. Long groups are searched as
+    histograms; the last points then get ``final_passes`` on the weights themselves.
 
     Raises:
         ValueError: numbers that the kernels do not take.
@@ -37,7 +37,6 @@ class SearchPlan:
     window: float
     overshoot: float
     narrowest: float
-    stage_overshoot: tuple[float, float, float]
 
     def __post_init__(self) -> None:
         if self.phases < NEIGHBOURS or self.phases % NEIGHBOURS or self.refinements < 1 or self.halvings < 0:

@@ -57,9 +57,9 @@ def search(tile: Tile, bits: int, plan: SearchPlan) -> list[AffineParams]:
     """
     regression = _Regression(tile, bits)
     points = _scan(tile, bits, plan, regression)
-    for kept, passes, overshoot in zip(plan.kept, plan.passes, plan.stage_overshoot, strict=True):
+    for kept, passes in zip(plan.kept, plan.passes, strict=True):
         points = points.best(min(kept, len(points.scale)))
-        points = regression.refine(points, passes, overshoot)
+        points = regression.refine(points, passes, plan.overshoot)
     points = points.best(len(points.scale))
     return [AffineParams(points.scale[i], points.zero[i]) for i in range(len(points.scale))]
 

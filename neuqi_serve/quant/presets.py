@@ -21,16 +21,17 @@ def search_plan(preset: str, bits: int, weighted: bool) -> SearchPlan:
     them; the more so the more codes there are.
     """
     if bits == 8:
-        return _plan(bits, 1.0, 1, 4, 1, 2, (3, 2, 2), (2, 2, 0), window=0.5)
+        return _plan(bits, 1.0, 1, 4, 1, 2, (3, 2, 2), (2, 2, 0), window=0.5, overshoot=2.0)
     if preset == "fast":
         if weighted:
             return _plan(bits, 0.5, 4, 8, 1, 1, (12, 4, 2), (2, 4, 2), window=3.0)
-        return _plan(bits, 0.9, 3, 4, 1, 1, (4, 2, 2), (2, 3, 0), window=1.0)
+        return _plan(bits, 0.9, 3, 4, 1, 1, (4, 2, 2), (3, 4, 0), window=1.0)
+    refinements = 3 if bits == 4 else 2
     if not weighted:
-        return _plan(bits, 0.8, 4, 8, 2, 2, (16, 8, 4), (2, 4, 4), window=2.0)
+        return _plan(bits, 0.8, 4, 8, 2, refinements, (16, 8, 4), (2, 4, 4), window=2.0)
     if bits == 4:
-        return _plan(bits, 0.5, 5, 16, 2, 3, (32, 12, 4), (3, 6, 4), window=5.0, overshoot=3.0)
-    return _plan(bits, 0.5, 4, 16, 2, 2, (16, 8, 4), (3, 5, 4), window=4.0, overshoot=3.0)
+        return _plan(bits, 0.5, 5, 16, 2, refinements, (32, 12, 4), (3, 6, 4), window=5.0)
+    return _plan(bits, 0.5, 4, 16, 2, refinements, (16, 8, 4), (3, 5, 4), window=4.0)
 
 
 def _plan(
@@ -44,7 +45,7 @@ def _plan(
     passes: tuple[int, int, int],
     *,
     window: float,
-    overshoot: float = 2.0,
+    overshoot: float = 3.0,
 ) -> SearchPlan:
     return SearchPlan(
         halvings=halvings,
@@ -57,5 +58,4 @@ def _plan(
         window=window,
         overshoot=overshoot,
         narrowest=narrowest * NARROWEST_SPAN[bits],
-        stage_overshoot=(overshoot, overshoot, 3.0),
     )

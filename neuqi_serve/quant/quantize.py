@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,8 @@ from neuqi_serve.quant.storage import LARGEST_WEIGHT, normalized_importance, sto
 CHUNK_ELEMENTS = 1 << 22
 # What the C++ and Triton quantizers search; the others exist in torch only.
 SEARCHED_PRESETS = ("balanced", "fast")
+# What these read where it lies.
+READABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def quantize_packed(
 ) -> PackedWeight:
     """Like :func:`quantize_weight`, with the codes packed; no array of the full size but the result.
 
-    On a CPU the C++ quantizer works where it can, torch elsewhere.
+    The C++ quantizer works on a CPU and the Triton one on a GPU, torch where neither can.
 
     ``chunk_elements``: weights looked at together, which bounds the copy of a weight of another layout or dtype; the
     result does not depend on it.
@@ -76,11 +80,17 @@ def quantize_packed(
     if importance is not None:
         grouped = importance.detach().to(weight.device).reshape(spec.groups(weight.shape[1]), -1)
         mass = normalized_importance(grouped, -1).view(-1)
-    if preset in SEARCHED_PRESETS and weight.device.type == "cpu":
-        sample = torch.empty((0, weight.shape[1]), dtype=torch.float32)
-        if cpu.refuse(sample, spec.bits, _group(weight, spec), storage_dtype(spec)) is None:
-            return _quantize_natively(weight, spec, mass, preset, chunk_elements)
-    return quantize_in_torch(weight, spec, mass, preset, chunk_elements)
+    run = _kernel(weight, spec, mass, preset) if preset in SEARCHED_PRESETS else None
+    if run is None:
+        return quantize_in_torch(weight, spec, mass, preset, chunk_elements)
+    if weight.dtype in READABLE and weight.stride(1) == 1:
+        return run(weight)
+    rows = max(1, chunk_elements // weight.shape[1])
+    starts = range(0, weight.shape[0], rows)
+    parts = [run(weight[start : start + rows].to(torch.float32).contiguous()) for start in starts]
+    return PackedWeight(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in ("qweight", "scale", "zero"))
+    )
 
 
 def quantize_in_torch(
@@ -103,30 +113,35 @@ def quantize_in_torch(
     return PackedWeight(qweight, scale, zero)
 
 
-def _quantize_natively(
-    weight: Tensor, spec: WeightSpec, mass: Tensor | None, preset: str, chunk_elements: int
-) -> PackedWeight:
-    """The C++ quantizer; a weight that it does not read directly is copied in chunks of rows."""
+def _kernel(
+    weight: Tensor, spec: WeightSpec, mass: Tensor | None, preset: str
+) -> Callable[[Tensor], PackedWeight] | None:
+    """What quantizes rows of ``weight`` in a readable dtype and layout, or None where only torch does."""
+    columns = weight.shape[1]
+    group, dtype = columns // spec.groups(columns), storage_dtype(spec)
     plan = search_plan(preset, spec.bits, mass is not None)
-    group, dtype = _group(weight, spec), storage_dtype(spec)
+    readable = torch.empty((0, columns), dtype=torch.float32)
 
-    def run(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def on_cpu(rows: Tensor) -> PackedWeight:
         try:
-            return cpu.quantize(part, mass, spec.bits, group, dtype, plan)
+            return PackedWeight(*cpu.quantize(rows, mass, spec.bits, group, dtype, plan))
         except cpu.UnusableWeightError:
             raise _unusable(weight) from None
 
-    if cpu.refuse(weight, spec.bits, group, dtype) is None:
-        return PackedWeight(*run(weight))
-    rows = max(1, chunk_elements // weight.shape[1])
-    starts = range(0, weight.shape[0], rows)
-    parts = [run(weight[start : start + rows].to(torch.float32).contiguous()) for start in starts]
-    return PackedWeight(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    if weight.device.type == "cpu":
+        return on_cpu if cpu.refuse(readable, spec.bits, group, dtype) is None else None
+    if weight.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from neuqi_kernels.gpu import quantize_launch as gpu
 
+    def on_gpu(rows: Tensor) -> PackedWeight:
+        qweight, scale, zero, unusable = gpu.quantize(rows, mass, spec.bits, group, dtype, plan)
+        # The only wait for the device, when all is launched.
+        if unusable.item():
+            raise _unusable(weight)
+        return PackedWeight(qweight, scale, zero)
 
-def _group(weight: Tensor, spec: WeightSpec) -> int:
-    columns = weight.shape[1]
-    return columns // spec.groups(columns)
+    return on_gpu if gpu.refuse(readable, spec.bits, group, dtype) is None else None
 
 
 def _check(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +153,43 @@ def test_without_a_library_torch_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_loaded", lambda forced: "built without a C++ compiler")
     assert same(quantize_packed(weight, spec, preset="fast"), twin(weight, spec, None, "fast"))
     assert native.instruction_set() is None
+
+
+def test_on_a_gpu_the_triton_quantizer_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice alone, on the device of shapes without data; the kernel is tested in tests/neuqi_kernels."""
+    pytest.importorskip("triton")
+    from neuqi_kernels.gpu import quantize_launch
+
+    weight, spec = heavy_tailed(5, 64), WeightSpec(2, 32)
+    expected = quantize_packed(weight, spec, preset="fast")
+    asked = []
+
+    def quantize(rows: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
+        asked.append(rest)
+        return expected.qweight, expected.scale, expected.zero, torch.ones(()) * (len(asked) == 2)
+
+    monkeypatch.setattr(quantize_launch, "quantize", quantize)
+    monkeypatch.setattr(entry.cpu, "refuse", lambda *_: pytest.fail("the CPU was asked"))
+    real = entry._kernel
+    monkeypatch.setattr(entry, "_kernel", lambda rows, *rest: real(OnGpu(rows), *rest))
+    assert same(quantize_packed(weight, spec, preset="fast"), expected)
+    assert asked[0][1:3] == (2, 32)
+    weight[2, 1] = float("nan")
+    with pytest.raises(UsageError, match="the first in row 2"):
+        quantize_packed(weight, spec, preset="fast")
+
+
+class OnGpu:
+    """A weight that says it lies on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.shape = weight.shape
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.weight)
 
 
 def test_a_library_without_the_quantizer_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

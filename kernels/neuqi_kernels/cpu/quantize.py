@@ -33,7 +33,6 @@ class _Plan(ctypes.Structure):
         ("window", ctypes.c_float),
         ("overshoot", ctypes.c_float),
         ("narrowest", ctypes.c_float),
-        ("stage_overshoot", ctypes.c_float * STAGES),
     )
 
 
@@ -126,7 +125,7 @@ def instruction_set() -> str | None:
 def _structure(plan: SearchPlan) -> _Plan:
     """Return the plan in C; kept, so that its address stays good during a call."""
     numbers = {name: getattr(plan, name) for name, *_ in _Plan._fields_}
-    arrays = ("kept", "passes", "stage_overshoot")
+    arrays = ("kept", "passes")
     return _Plan(**{name: tuple(value) if name in arrays else value for name, value in numbers.items()})
 
 

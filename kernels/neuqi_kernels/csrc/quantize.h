@@ -16,7 +16,6 @@ struct QuantizePlan {
   int32_t kept[kStages], passes[kStages];
   int32_t final_passes;
   float window, overshoot, narrowest;
-  float stage_overshoot[kStages];
 };
 
 struct QuantizeArgs {

@@ -270,7 +270,7 @@ bool quantize_tile(const Place& place, const Scratch& scratch) {
   Pool pool;
   if (args.group > kLongestDirect) {
     search<true>(histogram<Weighted>(scratch, tile), *args.plan, pool);
-    refine_pool<Weighted>(tile, pool, args.plan->final_passes, args.plan->stage_overshoot[kStages - 1]);
+    refine_pool<Weighted>(tile, pool, args.plan->final_passes, args.plan->overshoot);
   } else {
     search<Weighted>(tile, *args.plan, pool);
   }

@@ -225,7 +225,7 @@ void search(const Tile& tile, const QuantizePlan& plan, Pool& pool) {
       pool.clear(plan.kept[stage]);
       for (int i = 0; i < old.size; ++i) pool.insert(old.points[i]);
     }
-    refine_pool<Weighted>(tile, pool, plan.passes[stage], plan.stage_overshoot[stage]);
+    refine_pool<Weighted>(tile, pool, plan.passes[stage], plan.overshoot);
   }
 }
 
