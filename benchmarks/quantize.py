@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ PRESETS = ("balanced", "fast", "minmax")
 TIMED_GROUP = 128
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", type=Path, action="append", default=[], help="another folder with safetensors files"
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few weights and rounds, to see that it runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--name", default="quantize", help="name of the result file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     elements, repeats = (2 * ROW, 1) if options.quick else (options.elements, options.repeats)
     bits, sizes = (BITS[::2], GROUP_SIZES[1:2]) if options.quick else (options.bits, options.groups)
     torch.set_num_threads(options.threads)
