@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    SCALE_DTYPES,
+    SUPPORTED_BITS,
+    SUPPORTED_GROUP_SIZES,
+    WeightSpec,
+)
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server.listen_address import ListenAddress
 
@@ -43,11 +50,12 @@ class OwnOptions:
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
+    preset: str | None = None
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
         """Take them from parsed arguments."""
-        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize)
+        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize, args.preset)
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -97,6 +105,11 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--scale-dtype",
         choices=SCALE_DTYPES,
         help=f"storage of scales and zero-points (default: {default.scale_dtype})",
+    )
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help=f"how thorough the search for scales and zero-points is (default: {DEFAULT_PRESET})",
     )
     group.add_argument(
         "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
@@ -167,6 +180,7 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         "bits": spec.bits,
         "group_size": spec.group_size,
         "scale_dtype": spec.scale_dtype,
+        "preset": own.preset or DEFAULT_PRESET,
         "online": True,
     }
     users = overrides.get("quantization_config")
@@ -179,7 +193,8 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         raise UsageError(
             f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
         )
-    for key, value in (("bits", own.bits), ("group_size", own.group_size), ("scale_dtype", own.scale_dtype)):
+    for key in ("bits", "group_size", "scale_dtype", "preset"):
+        value = getattr(own, key)
         if value is not None and users.get(key, value) != value:
             raise UsageError(
                 f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "

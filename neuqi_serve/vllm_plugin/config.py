@@ -169,4 +169,5 @@ class NeuqiConfig(QuantizationConfig):
         additional = getattr(vllm_config, "additional_config", None) or {}
         settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
         if settings and self.online:
-            self.recipe = QuantizationRecipe.for_online({**self.recipe.to_dict(), **settings})
+            known = {**self.recipe.to_dict(), "preset": self.recipe.preset}
+            self.recipe = QuantizationRecipe.for_online({**known, **settings})

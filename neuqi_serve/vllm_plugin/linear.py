@@ -245,7 +245,7 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
             return
         self._check_arrived(layer, ("weight",))
         started = time.perf_counter()
-        packed = quantize_packed(layer.weight.data, self.spec)
+        packed = quantize_packed(layer.weight.data, self.spec, preset=self.config.recipe.preset)
         self.record.quantize_seconds += time.perf_counter() - started
         self._install(layer, packed.qweight, packed.scale, packed.zero)
 

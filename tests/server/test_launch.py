@@ -55,6 +55,7 @@ def test_a_packed_model_accepts_what_it_is(own: OwnOptions) -> None:
         (OwnOptions(bits=4), "expected --bits 3, as p is packed, got 4"),
         (OwnOptions(group_size=128), "expected --group-size 64"),
         (OwnOptions(scale_dtype="float32"), "expected --scale-dtype float16"),
+        (OwnOptions(preset="fast"), "expected no --preset, got fast"),
         (OwnOptions(quantize=False), "which is packed"),
     ],
 )
