@@ -1,4 +1,4 @@
-"""Data-free quantization of a model folder into a packed checkpoint, tensor by tensor."""
+"""Quantization of a model folder into a packed checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from neuqi_kernels.reference import dequantize
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
+from neuqi_serve.format.importance import Importance, read_importance, resolve
 from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
 from neuqi_serve.format.safetensors_file import TensorSpec
 from neuqi_serve.format.source import CONFIG_NAME, INDEX_NAME, SourceCheckpoint, open_source
@@ -48,13 +49,17 @@ _NOT_COPIED_NAMES = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME)
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """``solver``: one of ``SOLVERS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``."""
+    """``solver``: one of ``SOLVERS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
+
+    ``importance``: a file of ``format.importance``; None weighs all inputs alike.
+    """
 
     spec: WeightSpec
     solver: str = "fast"
     device: str = "cpu"
     overwrite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    importance: Path | None = None
 
 
 def quantize_checkpoint(
@@ -65,12 +70,13 @@ def quantize_checkpoint(
 ) -> CheckpointSummary:
     """Pack the linear layers of the decoder blocks of ``source_path`` into the new folder ``destination``.
 
-    Weights are minimized under plain squared error, no calibration data. Memory is bounded by one weight and its
-    packed form, disk by the packed checkpoint. Nothing appears at ``destination`` before all of it is written.
-    Which tensors are packed: ``pipeline.selection``.
+    The squared error of the weights is minimized, weighted by ``settings.importance`` if given. Memory is bounded by
+    one weight and its packed form, disk by the packed checkpoint. Nothing appears at ``destination`` before all of it
+    is written. Which tensors are packed: ``pipeline.selection``.
 
     Raises:
-        UsageError: the destination is taken, the group size fits no layer, an unknown solver or device.
+        UsageError: the destination is taken, the group size fits no layer, an unknown solver or device, an importance
+            file of another model.
         UnsupportedModelError: no model there, or one that cannot be packed.
         IntegrityError: the source is incomplete or damaged, or holds non-finite weights.
         DoesNotFitError: the disk is too small.
@@ -81,12 +87,14 @@ def quantize_checkpoint(
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
     selection = select_modules(source, settings.spec)
+    importance = None if settings.importance is None else read_importance(settings.importance)
+    weights = _importance_values(importance, selection, progress_stream)
     tensors = plan_tensors(source, selection)
     _check_disk(destination, tensors)
     with write_checkpoint(
         destination, tensors, overwrite=settings.overwrite, shard_bytes=settings.shard_bytes
     ) as writer:
-        modules = _write_tensors(source, selection, settings, writer, progress_stream)
+        modules = _write_tensors(source, selection, settings, weights, writer, progress_stream)
         for path in other_files(source_path):
             writer.copy_file(path)
         manifest = writer.finish(
@@ -98,9 +106,25 @@ def quantize_checkpoint(
                 "architecture": source.architecture,
                 "files": {shard.name: shard.stat().st_size for shard in source.shards},
             },
-            quantization={"solver": settings.solver, "importance": "none"},
+            quantization={"solver": settings.solver, "importance": describe_importance(importance)},
         )
     return summarize(manifest, selection.unfit, time.monotonic() - started)
+
+
+def describe_importance(importance: Importance | None) -> str:
+    """Return what a manifest says about the importance: ``none``, or the file's name and SHA-256."""
+    return "none" if importance is None else f"{importance.path.name} sha256:{importance.sha256}"
+
+
+def _importance_values(
+    importance: Importance | None, selection: Selection, stream: TextIO | None
+) -> Mapping[str, Tensor]:
+    if importance is None:
+        return {}
+    found = resolve(importance, {name: columns for name, (_, columns) in selection.modules.items()})
+    for line in found.warnings() if stream is not None else ():
+        print(f"warning: {importance.path.name}: {line}", file=stream, flush=True)
+    return found.values
 
 
 def plan_tensors(source: SourceCheckpoint, selection: Selection) -> dict[str, TensorSpec]:
@@ -147,6 +171,7 @@ def _write_tensors(
     source: SourceCheckpoint,
     selection: Selection,
     settings: QuantizationSettings,
+    importance: Mapping[str, Tensor],
     writer: CheckpointWriter,
     progress_stream: TextIO | None,
 ) -> dict[str, PackedModule]:
@@ -159,7 +184,9 @@ def _write_tensors(
             if not name.endswith(".weight") or module not in selection.modules:
                 writer.copy(name, source.tensors[name])
                 continue
-            modules[module] = _write_module(source, selection, settings, writer, module)
+            modules[module] = _write_module(
+                source, selection, settings, importance.get(module), writer, module
+            )
             if progress is not None:
                 out_features, in_features = selection.modules[module]
                 progress.advance(out_features * in_features, module)
@@ -173,6 +200,7 @@ def _write_module(
     source: SourceCheckpoint,
     selection: Selection,
     settings: QuantizationSettings,
+    importance: Tensor | None,
     writer: CheckpointWriter,
     module: str,
 ) -> PackedModule:
@@ -184,7 +212,7 @@ def _write_module(
             "Download the model again."
         )
     planned = _packed_module(source, selection, module)
-    packed = quantize_packed(weight, planned.spec, solver=settings.solver)
+    packed = quantize_packed(weight, planned.spec, importance, solver=settings.solver)
     largest = torch.finfo(packed.scale.dtype).max
     if not packed.scale.abs().max() < largest:
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
@@ -43,11 +44,12 @@ class OwnOptions:
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
+    importance: Path | None = None
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
         """Take them from parsed arguments."""
-        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize)
+        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize, args.importance)
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -97,6 +99,12 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--scale-dtype",
         choices=SCALE_DTYPES,
         help=f"storage of scales and zero-points (default: {default.scale_dtype})",
+    )
+    group.add_argument(
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="mean squares of the layers' inputs: an importance matrix of llama.cpp, or what `neuqi importance` wrote",
     )
     group.add_argument(
         "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
@@ -169,6 +177,9 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         "scale_dtype": spec.scale_dtype,
         "online": True,
     }
+    if own.importance is not None:
+        # The engine may run in another folder.
+        settings["importance"] = str(own.importance.resolve())
     users = overrides.get("quantization_config")
     if users is None:
         return {**overrides, "quantization_config": settings}

@@ -89,6 +89,7 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
         "--bits": own.bits,
         "--group-size": own.group_size,
         "--scale-dtype": own.scale_dtype,
+        "--importance": own.importance,
     }
     given = {option: value for option, value in asked.items() if value is not None}
     if model.kind == "packed" and model.spec is not None:
@@ -97,6 +98,11 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             "--group-size": model.spec.group_size,
             "--scale-dtype": model.spec.scale_dtype,
         }
+        if own.importance is not None:
+            raise UsageError(
+                f"expected no --importance, as {model.name} is packed already, got {own.importance}. Leave it out, or "
+                "give the original model to quantize it anew."
+            )
         for option, value in given.items():
             if value != stored[option]:
                 raise UsageError(

@@ -206,6 +206,10 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
     source = "on-the-fly"
     uses_meta_device = True
 
+    def __init__(self, config: NeuqiConfig, spec: WeightSpec, importance: torch.Tensor | None = None) -> None:
+        super().__init__(config, spec)
+        self.importance = importance
+
     def create_weights(
         self,
         layer: Any,
@@ -219,6 +223,9 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
         """Register the weight on the meta device, where it costs nothing, and let vLLM defer its loading."""
         k = input_size_per_partition
         self._begin(layer, k, output_partition_sizes, params_dtype)
+        if self.importance is not None and k != input_size:
+            # A row-parallel layer sees its rank's inputs only.
+            self.importance = self.importance.narrow(0, layer.tp_rank * k, k)
         weight = ModelWeightParameter(
             data=torch.empty(self.n, k, device="meta", dtype=params_dtype),
             input_dim=1,
@@ -239,7 +246,7 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
             return
         self._check_arrived(layer, ("weight",))
         started = time.perf_counter()
-        packed = quantize_packed(layer.weight.data, self.spec)
+        packed = quantize_packed(layer.weight.data, self.spec, self.importance)
         self.record.quantize_seconds += time.perf_counter() - started
         self._install(layer, packed.qweight, packed.scale, packed.zero)
 
