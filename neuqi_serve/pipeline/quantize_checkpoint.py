@@ -175,8 +175,10 @@ def _write_tensors(
     writer: CheckpointWriter,
     progress_stream: TextIO | None,
 ) -> dict[str, PackedModule]:
-    weights = sum(out_features * in_features for out_features, in_features in selection.modules.values())
-    progress = Progress(weights, "weights", progress_stream) if progress_stream is not None else None
+    sizes = {module: source.tensors[f"{module}.weight"].spec.nbytes for module in selection.modules}
+    progress = None
+    if progress_stream is not None:
+        progress = Progress(sum(sizes.values()), "B", progress_stream, steps=len(sizes))
     modules: dict[str, PackedModule] = {}
     try:
         for name in sorted(source.tensors, key=natural_order):
@@ -188,8 +190,7 @@ def _write_tensors(
                 source, selection, settings, importance.get(module), writer, module
             )
             if progress is not None:
-                out_features, in_features = selection.modules[module]
-                progress.advance(out_features * in_features, module)
+                progress.advance(sizes[module], module)
     finally:
         if progress is not None:
             progress.close()

@@ -45,11 +45,19 @@ class OwnOptions:
     scale_dtype: str | None = None
     quantize: bool = True
     importance: Path | None = None
+    cache: bool = True
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
         """Take them from parsed arguments."""
-        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize, args.importance)
+        return cls(
+            args.bits,
+            args.group_size,
+            args.scale_dtype,
+            not args.no_quantize,
+            args.importance,
+            not args.no_cache,
+        )
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -67,7 +75,10 @@ class OwnOptions:
 
 @dataclass(frozen=True)
 class EarlyArguments:
-    """What can be read from the command line before vLLM's parser is imported; ``model`` is None if unclear."""
+    """What can be read from the command line before vLLM's parser is imported; ``model`` is None if unclear.
+
+    ``options``: the long names of all options given, without dashes.
+    """
 
     model: str | None
     own: OwnOptions
@@ -76,6 +87,7 @@ class EarlyArguments:
     method: str | None
     headless: bool
     hub_free: bool
+    options: frozenset[str] = frozenset()
 
 
 def add_own_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +120,11 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
+    )
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="quantize while loading, and keep nothing for the next start (default: pack once into the cache)",
     )
 
 
@@ -157,6 +174,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
         method=args.quantization or args.q,
         headless=args.headless,
         hub_free=not any(f"--{option}" in names for option in _HUB_OPTIONS),
+        options=frozenset({"-q": "quantization"}.get(n, n.removeprefix("--")) for n in names if n[:1] == "-"),
     )
 
 
