@@ -19,6 +19,7 @@ VERBS = {
         "neuqi_serve.cli.importance",
         "measure how much each input of a model's layers matters, on a text",
     ),
+    "cache": ("neuqi_serve.cli.cache", "list, remove or verify what starts of the server have packed"),
     "inspect": (
         "neuqi_serve.cli.inspect",
         "show bits and bytes of a packed checkpoint and check its integrity",
