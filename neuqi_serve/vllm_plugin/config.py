@@ -21,6 +21,7 @@ from neuqi_serve.format.importance import Importance, read_importance
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
+from neuqi_serve.vllm_plugin.progress import LoadProgress
 
 # A child of vLLM's logger, so that its handler prints our lines in every process.
 logger = init_logger("vllm.neuqi")
@@ -48,6 +49,7 @@ class NeuqiConfig(QuantizationConfig):
         self.recipe = recipe if recipe is not None else QuantizationRecipe()
         self.online = online
         self.importance = importance
+        self.progress = LoadProgress()
         self._additional_read = False
 
     def __repr__(self) -> str:

@@ -233,6 +233,7 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
             weight_loader=self._noting("weight", extra["weight_loader"]),
         )
         layer.register_parameter("weight", weight)
+        self.config.progress.expect(self.record.original_bytes)
         compat.initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -245,10 +246,12 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
         if getattr(layer, _DONE, False):
             return
         self._check_arrived(layer, ("weight",))
+        self.config.progress.begin()
         started = time.perf_counter()
         packed = quantize_packed(layer.weight.data, self.spec, self.importance)
         self.record.quantize_seconds += time.perf_counter() - started
         self._install(layer, packed.qweight, packed.scale, packed.zero)
+        self.config.progress.finish(self.record.original_bytes)
 
 
 def _name(layer: Any) -> str:
