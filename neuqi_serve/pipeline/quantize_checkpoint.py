@@ -17,7 +17,7 @@ from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance, resolve
 from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
-from neuqi_serve.format.safetensors_file import TensorSpec
+from neuqi_serve.format.safetensors_file import TensorSpec, prefetch_tensor
 from neuqi_serve.format.source import CONFIG_NAME, INDEX_NAME, SourceCheckpoint, open_source
 from neuqi_serve.format.staging import check_destination
 from neuqi_serve.format.writer import (
@@ -181,7 +181,11 @@ def _write_tensors(
         progress = Progress(sum(sizes.values()), "B", progress_stream, steps=len(sizes))
     modules: dict[str, PackedModule] = {}
     try:
-        for name in sorted(source.tensors, key=natural_order):
+        names = sorted(source.tensors, key=natural_order)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            if following is not None:
+                # The disk reads the next tensor while this one is quantized.
+                prefetch_tensor(source.tensors[following])
             module = name.removesuffix(".weight")
             if not name.endswith(".weight") or module not in selection.modules:
                 writer.copy(name, source.tensors[name])
