@@ -45,6 +45,13 @@ VARIANTS = (
     ("NEUQI_HAS_AVX512_BF16", "gemm_bf16.cpp", [*AVX512, "-mavx512bf16"]),
 )
 COMMON = ("entry.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
+# The quantizer writes every fused multiply-add as such, so that all instruction sets give the same bits.
+EXACT = ["-ffp-contract=off"]
+VARIANTS += (
+    ("NEUQI_HAS_AVX2", "quantize_avx2.cpp", ["-mavx2", "-mfma", *EXACT]),
+    ("NEUQI_HAS_AVX512", "quantize_avx512.cpp", [*AVX512, *EXACT]),
+)
+COMMON_EXACT = ("quantize_entry.cpp", "quantize_portable.cpp")
 # Vector types and conversions between them: GCC 9, Clang 10.
 PROBE = """
 typedef int I __attribute__((vector_size(16)));
@@ -95,6 +102,7 @@ class BuildLibrary(build_ext):
                     macros.append(f"-D{macro}")
                     jobs.append((source, flags))
         jobs += [(source, macros) for source in COMMON]
+        jobs += [(source, [*macros, *EXACT]) for source in COMMON_EXACT]
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -134,7 +142,9 @@ class TagWheel(bdist_wheel):
 
 library = Extension(
     "neuqi_kernels.cpu.libneuqi_cpu",
-    sources=[str(SOURCES / name) for name in (*COMMON, *(source for _, source, _ in VARIANTS))],
+    sources=[
+        str(SOURCES / name) for name in (*COMMON, *COMMON_EXACT, *(source for _, source, _ in VARIANTS))
+    ],
     depends=[*map(str, sorted(SOURCES.glob("*.h"))), "setup.py"],
 )
 setup(

@@ -41,7 +41,7 @@ def cache_key(
     """Compute the key of packing ``source``; ``records``: folder of known file digests.
 
     What goes in: the content of every file that is read or copied, by name; bits, groups, exceptions and what stays;
-    solver, device and importance; the versions of the algorithm, of the format and of this package.
+    preset, device and importance; the versions of the algorithm, of the format and of this package.
     """
     named = [path for path in (source.path / CONFIG_NAME, source.path / INDEX_NAME) if path.exists()]
     files = digest_files([*source.shards, *named, *other_files(source.path)], records)
@@ -49,7 +49,7 @@ def cache_key(
     parts = {
         "files": {path.name: digest for path, (digest, _) in files.items()},
         "recipe": selection.recipe.to_dict(),
-        "solver": settings.solver,
+        "preset": settings.preset,
         "device": torch.device(settings.device).type,
         "importance": importance,
         "shard_bytes": settings.shard_bytes,

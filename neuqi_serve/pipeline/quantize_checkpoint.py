@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import DEFAULT_PRESET, PRESETS, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance, resolve
 from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
@@ -29,7 +29,7 @@ from neuqi_serve.format.writer import (
 from neuqi_serve.pipeline.progress import Progress
 from neuqi_serve.pipeline.selection import Selection, natural_order, select_modules
 from neuqi_serve.pipeline.summary import CheckpointSummary, summarize
-from neuqi_serve.quant.quantize import SOLVERS, PackedWeight, quantize_packed
+from neuqi_serve.quant.quantize import PackedWeight, quantize_packed
 
 # The float32 copies of this many weights stay in a cache of the processor.
 _ERROR_CHUNK_WEIGHTS = 1 << 19
@@ -50,13 +50,13 @@ _NOT_COPIED_NAMES = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME)
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """``solver``: one of ``SOLVERS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
+    """``preset``: one of ``PRESETS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
 
     ``importance``: a file of ``format.importance``; None weighs all inputs alike.
     """
 
     spec: WeightSpec
-    solver: str = "fast"
+    preset: str = DEFAULT_PRESET
     device: str = "cpu"
     overwrite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -76,7 +76,7 @@ def quantize_checkpoint(
     is written. Which tensors are packed: ``pipeline.selection``.
 
     Raises:
-        UsageError: the destination is taken, the group size fits no layer, an unknown solver or device, an importance
+        UsageError: the destination is taken, the group size fits no layer, an unknown preset or device, an importance
             file of another model.
         UnsupportedModelError: no model there, or one that cannot be packed.
         IntegrityError: the source is incomplete or damaged, or holds non-finite weights.
@@ -107,7 +107,7 @@ def quantize_checkpoint(
                 "architecture": source.architecture,
                 "files": {shard.name: shard.stat().st_size for shard in source.shards},
             },
-            quantization={"solver": settings.solver, "importance": describe_importance(importance)},
+            quantization={"preset": settings.preset, "importance": describe_importance(importance)},
         )
     return summarize(manifest, selection.unfit, time.monotonic() - started)
 
@@ -219,7 +219,7 @@ def _write_module(
             "Download the model again."
         )
     planned = _packed_module(source, selection, module)
-    packed = quantize_packed(weight, planned.spec, importance, solver=settings.solver)
+    packed = quantize_packed(weight, planned.spec, importance, preset=settings.preset)
     largest = torch.finfo(packed.scale.dtype).max
     if not packed.scale.abs().max() < largest:
         raise UsageError(
@@ -238,8 +238,8 @@ def _packed_module(source: SourceCheckpoint, selection: Selection, module: str) 
 
 
 def _check_settings(settings: QuantizationSettings) -> None:
-    if settings.solver not in SOLVERS:
-        raise UsageError(f"expected a solver among {SOLVERS}, got {settings.solver!r}. Try fast.")
+    if settings.preset not in PRESETS:
+        raise UsageError(f"expected a preset among {PRESETS}, got {settings.preset!r}. Try {DEFAULT_PRESET}.")
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"expected a device of this machine, got {settings.device!r} without a GPU. Use --device cpu."

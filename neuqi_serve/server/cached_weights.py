@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import DEFAULT_PRESET, WeightSpec
 from neuqi_serve.env import read_environment
 from neuqi_serve.errors import (
     DoesNotFitError,
@@ -65,6 +65,7 @@ class Request:
     name: str
     revision: str | None
     spec: WeightSpec
+    preset: str | None
     importance: Path | None
     on_cpu: bool
 
@@ -193,7 +194,10 @@ def _prepared(request: Request) -> Answer:
     cache = Cache(environment.cache_dir, environment.cache_max_bytes)
     try:
         settings = QuantizationSettings(
-            request.spec, device=_device(request.on_cpu), importance=request.importance
+            request.spec,
+            request.preset or DEFAULT_PRESET,
+            device=_device(request.on_cpu),
+            importance=request.importance,
         )
         folder = _folder(request)
         prepared = prepare(folder, settings, cache, _tell, sys.stderr)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    SCALE_DTYPES,
+    SUPPORTED_BITS,
+    SUPPORTED_GROUP_SIZES,
+    WeightSpec,
+)
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server.listen_address import ListenAddress
 
@@ -44,6 +51,7 @@ class OwnOptions:
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
+    preset: str | None = None
     importance: Path | None = None
     cache: bool = True
 
@@ -55,6 +63,7 @@ class OwnOptions:
             args.group_size,
             args.scale_dtype,
             not args.no_quantize,
+            args.preset,
             args.importance,
             not args.no_cache,
         )
@@ -111,6 +120,11 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--scale-dtype",
         choices=SCALE_DTYPES,
         help=f"storage of scales and zero-points (default: {default.scale_dtype})",
+    )
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help=f"how thorough the search for scales and zero-points is (default: {DEFAULT_PRESET})",
     )
     group.add_argument(
         "--importance",
@@ -193,6 +207,7 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         "bits": spec.bits,
         "group_size": spec.group_size,
         "scale_dtype": spec.scale_dtype,
+        "preset": own.preset or DEFAULT_PRESET,
         "online": True,
     }
     if own.importance is not None:
@@ -208,7 +223,8 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         raise UsageError(
             f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
         )
-    for key, value in (("bits", own.bits), ("group_size", own.group_size), ("scale_dtype", own.scale_dtype)):
+    for key in ("bits", "group_size", "scale_dtype", "preset"):
+        value = getattr(own, key)
         if value is not None and users.get(key, value) != value:
             raise UsageError(
                 f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "

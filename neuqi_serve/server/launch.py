@@ -96,7 +96,9 @@ def look_into_cache(
     if reason is not None:
         cached.refuse(reason)
         return
-    cached.start(Request(model.reference, revision, own.spec(), own.importance, machine.runs_on_cpu))
+    cached.start(
+        Request(model.reference, revision, own.spec(), own.preset, own.importance, machine.runs_on_cpu)
+    )
 
 
 def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> None:
@@ -110,6 +112,7 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
         "--bits": own.bits,
         "--group-size": own.group_size,
         "--scale-dtype": own.scale_dtype,
+        "--preset": own.preset,
         "--importance": own.importance,
     }
     given = {option: value for option, value in asked.items() if value is not None}
@@ -119,6 +122,11 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             "--group-size": model.spec.group_size,
             "--scale-dtype": model.spec.scale_dtype,
         }
+        if own.preset is not None:
+            raise UsageError(
+                f"expected no --preset, got {own.preset}: {model.name} is packed, nothing is searched. Leave it "
+                "out, or give the original model to quantize it anew."
+            )
         if own.importance is not None:
             raise UsageError(
                 f"expected no --importance, as {model.name} is packed already, got {own.importance}. Leave it out, or "

@@ -207,7 +207,8 @@ class NeuqiConfig(QuantizationConfig):
         if settings and self.online:
             settings = dict(settings)
             self.importance = _importance_of(settings) or self.importance
-            self.recipe = QuantizationRecipe.for_online({**self.recipe.to_dict(), **settings})
+            known = {**self.recipe.to_dict(), "preset": self.recipe.preset}
+            self.recipe = QuantizationRecipe.for_online({**known, **settings})
 
 
 def _importance_of(settings: dict[str, Any]) -> Importance | None:

@@ -248,7 +248,9 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
         self._check_arrived(layer, ("weight",))
         self.config.progress.begin()
         started = time.perf_counter()
-        packed = quantize_packed(layer.weight.data, self.spec, self.importance)
+        packed = quantize_packed(
+            layer.weight.data, self.spec, self.importance, preset=self.config.recipe.preset
+        )
         self.record.quantize_seconds += time.perf_counter() - started
         self._install(layer, packed.qweight, packed.scale, packed.zero)
         self.config.progress.finish(self.record.original_bytes)

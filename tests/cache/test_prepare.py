@@ -90,7 +90,7 @@ def test_settings_and_versions_are_part_of_the_key(
         replace(SETTINGS, spec=WeightSpec(2, 32)),
         replace(SETTINGS, spec=WeightSpec(3, -1)),
         replace(SETTINGS, spec=WeightSpec(3, 32, "float32")),
-        replace(SETTINGS, solver="minmax"),
+        replace(SETTINGS, preset="minmax"),
         replace(SETTINGS, importance=tmp_path / "h"),
     ]
     keys = [prepare(model, settings, cache, print).key for settings in variants]

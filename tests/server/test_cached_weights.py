@@ -112,7 +112,7 @@ def test_settings_that_fit_no_layer_are_the_users_error(
     write_llama: Callable[..., Path], environment: Path
 ) -> None:
     with CachedWeights() as cached:
-        cached.start(Request(str(write_llama()), None, WeightSpec(4, 128), None, True))
+        cached.start(Request(str(write_llama()), None, WeightSpec(4, 128), None, None, True))
         with pytest.raises(UsageError, match="expected a group size that divides"):
             cached.model(find_model(str(write_llama("other"))))
 

@@ -60,6 +60,7 @@ def test_settings_are_merged_into_the_users_overrides() -> None:
         "bits": 3,
         "group_size": 64,
         "scale_dtype": "float16",
+        "preset": "balanced",
         "online": True,
     }
 
