@@ -1,6 +1,6 @@
 """What a start of a 1.1B-parameter model costs: time and peak memory, packed, cached, on the fly and unquantized.
 
-    python benchmarks/load.py [--bits 4] [--repeats 3] [--cold] [--quick] [--folder FOLDER]
+    python benchmarks/load.py [--bits 4] [--repeats 3] [--cold] [--quick] [--folder FOLDER] [--join FILE ...]
 
 A synthetic bf16 Llama (22 layers, hidden 2048, feed-forward 5632, 32 heads, 4 of keys and values, vocabulary 32000; its
 weights are random with the spread of trained ones) is written to a temporary folder. Every start is a fresh process,
@@ -12,7 +12,7 @@ from there, ``second, cache`` finds that entry and verifies it.
 processes together (weights, work arrays; not the pages of mapped files, which the system can drop; what forked
 processes share counts for each). Files come from
 the page cache unless ``--cold`` drops them from it before each start. ``extra_bytes``: the peak above what is left at
-the end, which is to be compared with the largest tensor.
+the end, which is to be compared with the largest tensor. ``--join`` puts the results of several runs together: medians.
 """
 
 from __future__ import annotations
@@ -298,6 +298,25 @@ def records_of(starts: dict[str, list[Start]], options: argparse.Namespace, shap
     return records
 
 
+def joined(files: list[Path]) -> list[Record]:
+    """Records of several result files of this script: the medians of the values, and ratios of those."""
+    runs = [json.loads(file.read_text())["records"] for file in files]
+    values: dict[tuple[str, str], float] = {}
+    for records in zip(*runs, strict=True):
+        key = (records[0]["case"]["start"], records[0]["metric"])
+        values[key] = statistics.median(record["value"] for record in records)
+    found = []
+    for record in runs[0]:
+        start, metric = record["case"]["start"], record["metric"]
+        value, ratio = values[start, metric], record["ratio"]
+        if ratio is not None:
+            divisor = values.get((record["reference"], metric), record["value"] / ratio)
+            ratio = value / divisor
+        case = {**record["case"], "runs": sum(records[0]["case"]["runs"] for records in runs)}
+        found.append(Record(case, metric, value, record["unit"], record["reference"], ratio))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -310,11 +329,17 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="keep the model here, and use the one that is there")
     parser.add_argument("--only", nargs="+", choices=[*REFERENCE, UNQUANTIZED], help="these starts only")
+    parser.add_argument("--join", type=Path, nargs="+", help="result files to put together, nothing is run")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     options = parser.parse_args()
     shape = Shape(layers=2, hidden=512, ffn=1408, heads=8, vocabulary=2048) if options.quick else Shape()
     if options.quick:
         options.repeats = 1
+    if options.join:
+        records = joined(options.join)
+        print(table(records))
+        print(f"written to {write(options.join[0].stem, records, options.out or RESULTS)}")
+        return 0
     folder = options.folder or Path(tempfile.mkdtemp())
     try:
         model = folder / "model"

@@ -49,7 +49,7 @@ class NeuqiConfig(QuantizationConfig):
         self.recipe = recipe if recipe is not None else QuantizationRecipe()
         self.online = online
         self.importance = importance
-        self.progress = LoadProgress()
+        self.progress = LoadProgress(silent=not online)
         self._additional_read = False
 
     def __repr__(self) -> str:

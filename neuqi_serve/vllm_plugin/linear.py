@@ -169,6 +169,7 @@ class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
         for name in ("scale", "zero"):
             loader = self._noting(name, extra["weight_loader"])
             layer.register_parameter(name, self._scale_parameter(k, loader))
+        self.config.progress.expect(self.record.original_bytes)
 
     def _scale_parameter(self, k: int, loader: Callable[..., Any]) -> BasevLLMParameter:
         # Not-a-number until loaded, so that a part that never arrives cannot pass for data.
@@ -197,6 +198,7 @@ class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
                     "damaged or incomplete: run `neuqi inspect --verify` on it, or write it again."
                 )
         self._install(layer, layer.qweight.data, layer.scale.data, layer.zero.data)
+        self.config.progress.finish(self.record.original_bytes)
 
 
 @register_weight_loader_v2_supported_method

@@ -16,10 +16,13 @@ TRIM_BYTES = 256 << 20
 
 
 class LoadProgress:
-    """Counts the layers of one model: ``expect`` when one is made, ``finish`` when its weights are packed."""
+    """Counts the layers of one model: ``expect`` when one is made, ``finish`` when it is ready for its kernel.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    ``silent``: only give memory back; a packed model is loaded in seconds.
+    """
+
+    def __init__(self, silent: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._silent, self._clock = silent, clock
         self._layers = self._total = self._done_layers = self._done = self._freed = 0
         self._started = self._last_line = 0.0
 
@@ -29,12 +32,12 @@ class LoadProgress:
         self._total += nbytes
 
     def begin(self) -> None:
-        """Note the time of the first layer that is packed."""
+        """Note the time of the first layer that is quantized."""
         if not self._started:
             self._started = self._last_line = self._clock()
 
     def finish(self, nbytes: int) -> None:
-        """Count a layer as packed, and say so every few seconds and after the last one."""
+        """Count a layer as done, and say so every few seconds and after the last one."""
         self._done_layers += 1
         self._done += nbytes
         self._freed += nbytes
@@ -43,7 +46,7 @@ class LoadProgress:
             self._freed = 0
             return_free_memory()
         now = self._clock()
-        if last or now - self._last_line >= LINE_INTERVAL_SECONDS:
+        if not self._silent and (last or now - self._last_line >= LINE_INTERVAL_SECONDS):
             self._last_line = now
             logger.info(
                 "neuqi: layer %d of %d quantized, %s",

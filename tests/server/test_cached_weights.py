@@ -18,6 +18,7 @@ import pytest
 
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import UsageError
+from neuqi_serve.format.manifest import hash_file
 from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict
 from neuqi_serve.server.command_line import OwnOptions, read_early
 from neuqi_serve.server.launch import look_into_cache
@@ -136,6 +137,34 @@ def test_a_packing_process_that_dies_leaves_the_model_as_it_is(
         os.kill(cached._process.pid, signal.SIGKILL)
         assert cached.model(model) is model
     assert "ended with -9" in str(cached.reason)
+
+
+def test_a_model_of_the_hubs_cache_is_packed_from_there(
+    write_llama: Callable[..., Path], environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants", reason="needs huggingface_hub")
+    folder = write_llama()
+    place = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = place / "snapshots" / ("a" * 40)
+    (place / "blobs").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        # As the hub's client lays it out: content under its digest, names as links.
+        blob = place / "blobs" / hash_file(file).sha256
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with CachedWeights() as cached:
+        model = _served(Path("someone/tiny"), OwnOptions(group_size=32), cached)
+        assert cached.reason is None
+    assert (model.kind, model.name) == ("packed", "someone/tiny")
+    # The blobs are named by their digests: nothing of the model had to be hashed.
+    assert not (environment / "digests").exists()
 
 
 # Real servers.

@@ -20,7 +20,7 @@ def test_a_line_every_few_seconds_and_one_at_the_end(monkeypatch: pytest.MonkeyP
     now, lines, trims = [1.0], [], []
     monkeypatch.setattr(module.logger, "info", lambda text, *values: lines.append(text % values))
     monkeypatch.setattr(module, "return_free_memory", lambda: trims.append(now[0]))
-    progress = LoadProgress(lambda: now[0])
+    progress = LoadProgress(clock=lambda: now[0])
     for _ in range(8):
         progress.expect(100 << 20)
     progress.begin()
@@ -34,3 +34,13 @@ def test_a_line_every_few_seconds_and_one_at_the_end(monkeypatch: pytest.MonkeyP
     ]
     # Every 256 MiB, and after the last layer.
     assert trims == [7.0, 13.0, 17.0]
+
+
+def test_a_packed_model_is_loaded_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = []
+    monkeypatch.setattr(module.logger, "info", lambda *_: pytest.fail("a line"))
+    monkeypatch.setattr(module, "return_free_memory", lambda: trims.append(1))
+    progress = LoadProgress(silent=True)
+    progress.expect(10)
+    progress.finish(10)
+    assert trims == [1]
