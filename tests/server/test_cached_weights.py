@@ -157,8 +157,9 @@ def test_a_model_of_the_hubs_cache_is_packed_from_there(
         (snapshot / file.name).symlink_to(blob)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # The process that packs may import the client anew.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     with CachedWeights() as cached:
         model = _served(Path("someone/tiny"), OwnOptions(group_size=32), cached)
         assert cached.reason is None
