@@ -93,7 +93,8 @@ def measure(folder: Path, text: Path | None, specs: Sequence[WeightSpec], count:
     work = batches(evaluation)
     logits = list(next_token_logits(model, work))
     name = "neuqi-demo" if text is None else folder.name
-    records = []
+    spike = max(float(values.max() / values.mean()) for values in measured.values())
+    records = [Record({"model": name}, "largest_input_over_mean", spike, "ratio")]
     for spec in specs:
         found = {}
         for source, importance in sources.items():
