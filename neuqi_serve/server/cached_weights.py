@@ -152,10 +152,11 @@ class CachedWeights:
         try:
             answer = self._receiver.recv()
         except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            answer = Answer(reason=f"the process that packs ended with {code}")
+            answer = None
         self._receiver = None
+        self._process.join()
+        if answer is None:
+            answer = Answer(reason=f"the process that packs ended with {self._process.exitcode}")
         assert isinstance(answer, Answer)
         return answer
 

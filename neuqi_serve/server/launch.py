@@ -105,7 +105,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
     """Refuse bits and groups that contradict the model.
 
     Raises:
-        UsageError: ``--bits`` or its kin given for a packed or a foreign checkpoint, or with ``--no-quantize``.
+        UsageError: ``--bits`` or its kin given for a packed or a foreign checkpoint, or with ``--no-quantize``; no
+            such importance file.
         UnsupportedModelError: a model that cannot be quantized while it loads.
     """
     asked = {
@@ -150,6 +151,10 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
                 "give the original model."
             )
     else:
+        if own.importance is not None and not own.importance.is_file():
+            raise UsageError(
+                f"expected an importance file, got {own.importance}, which is none. Check the path."
+            )
         check_on_the_fly(model, own.spec())
 
 
