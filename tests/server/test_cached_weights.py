@@ -139,6 +139,48 @@ def test_a_packing_process_that_dies_leaves_the_model_as_it_is(
     assert "ended with -9" in str(cached.reason)
 
 
+STARTED = """
+import sys, time
+from pathlib import Path
+from neuqi_serve.config import WeightSpec
+from neuqi_serve.server.cached_weights import CachedWeights, Request
+with CachedWeights() as cached:
+    cached.start(Request(sys.argv[1], None, WeightSpec(4, 32), "reference", None, True))
+    print(cached._process.pid, flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the packing process ends with its parent on Linux")
+def test_a_killed_server_takes_its_packing_process_along(
+    write_llama: Callable[..., Path], environment: Path
+) -> None:
+    # The paper's own search is slow enough to be met at work.
+    folder = write_llama(layers=60)
+    server = subprocess.Popen(
+        [sys.executable, "-c", STARTED, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert server.stdout is not None
+    packer = int(server.stdout.readline())
+    building = environment / "building"
+    while not (building.is_dir() and any(building.iterdir())):
+        assert server.poll() is None
+        time.sleep(0.05)
+    server.kill()
+    server.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{packer}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{packer}").exists()
+    assert list(building.iterdir()) == []
+    assert not (environment / "entries").exists()
+    with CachedWeights() as cached:
+        assert _served(folder, OwnOptions(group_size=32), cached).kind == "packed"
+
+
 def test_a_model_of_the_hubs_cache_is_packed_from_there(
     write_llama: Callable[..., Path], environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
