@@ -64,6 +64,17 @@ def test_a_packed_model_refuses_what_contradicts_it(own: OwnOptions, message: st
         check_settings(_packed(), own, None)
 
 
+def test_importance_needs_a_file_and_an_unquantized_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected an importance file, got .*absent"):
+        check_settings(_plain(), OwnOptions(group_size=64, importance=tmp_path / "absent"), None)
+    (tmp_path / "h").touch()
+    check_settings(_plain(), OwnOptions(group_size=64, importance=tmp_path / "h"), None)
+    with pytest.raises(UsageError, match="expected no --importance, as p is packed"):
+        check_settings(_packed(), OwnOptions(importance=tmp_path / "h"), None)
+    with pytest.raises(UsageError, match="expected no --importance with"):
+        check_settings(_plain(), OwnOptions(quantize=False, importance=tmp_path / "h"), None)
+
+
 def test_a_foreign_model_is_served_as_it_is_and_refuses_bits() -> None:
     check_settings(_foreign(), OwnOptions(), None)
     with pytest.raises(UsageError, match="no --bits with the method 'gptq'"):
