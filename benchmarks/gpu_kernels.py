@@ -4,7 +4,7 @@
 
 One command; it ends within its minutes. It measures the most important layers first and says at the end, and in the
 result, what was left out. Peers (gpu_peers/) take part where they are installed: vLLM for CUDA brings Marlin, Machete,
-its two Triton kernels and Humming; ``pip install --no-deps -r requirements/peers.txt`` brings gemlite.
+its two Triton kernels and Humming; ``pip install --no-deps -r requirements/gpu_peers.txt`` brings gemlite.
 
 Every contender is captured in a CUDA graph that calls it on one copy of the layer's weights after the other; the copies
 together are several times the L2 cache, as the layers of a model are. The graphs are replayed in turn, so that a
