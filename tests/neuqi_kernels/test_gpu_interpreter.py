@@ -125,6 +125,28 @@ def test_batch_invariant_plans_give_a_token_its_bits_in_prompts_too(
     assert result["kernel"] == "decode_mm"
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        {
+            "bits": 4,
+            "group_size": 64,
+            "m": m,
+            "n": 66,
+            "k": 1600,
+            "split_k": 3,
+            "partial_elements": 3 * 66 * 40,
+        }
+        for m in (20, 100)
+    ],
+    ids=str,
+)
+def test_many_partial_sums_are_further_launches(interpreter: Any, case: dict[str, Any]) -> None:
+    result = interpreter.run(case)
+    check(result, "float16")
+    assert result["error"] == interpreter.run(case | {"partial_elements": 1 << 25})["error"]
+
+
 @pytest.mark.parametrize("case", [layer(bits, 32, 2050, n=67) for bits in BITS], ids=str)
 def test_many_tokens_are_multiplied_with_written_out_weights(interpreter: Any, case: dict[str, Any]) -> None:
     result = interpreter.run(case)

@@ -191,10 +191,11 @@ def _decode_tokens(target: Target, bits: int, group: int, m: int) -> int:
 
 def _decode_warps(target: Target, bits: int, block_m: int) -> int:
     """Two: the code stays HMMA on every architecture and Triton version, and small programs fill the GPU."""
-    # With little shared memory the most partial sums take more registers than two warps have. Matrix products of four
-    # warps are other instructions on sm_90 and sm_100 only, which have a lot.
-    crowded = bits == 3 and block_m == 16 and target.shared_bytes < _WIDE_SHARED_BYTES
-    return 4 if crowded and target.capability else 2
+    # The most partial sums take more registers than two warps of some architectures have. There, matrix products of
+    # four warps are the same instructions; on sm_90 and sm_100 they are others.
+    crowded = bits == 3 and block_m == 16
+    others = not target.capability or target.capability == 90 or target.fifth_generation
+    return 4 if crowded and not others else 2
 
 
 def _decode_stages(target: Target, bits: int, group: int, block_m: int) -> int:
