@@ -44,7 +44,7 @@ VARIANTS = (
     ("NEUQI_HAS_AVX512", "gemm_avx512.cpp", AVX512),
     ("NEUQI_HAS_AVX512_BF16", "gemm_bf16.cpp", [*AVX512, "-mavx512bf16"]),
 )
-COMMON = ("entry.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
+COMMON = ("entry.cpp", "gather.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
 # Vector types and conversions between them: GCC 9, Clang 10.
 PROBE = """
 typedef int I __attribute__((vector_size(16)));

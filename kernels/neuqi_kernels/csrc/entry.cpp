@@ -1,6 +1,7 @@
 // The C interface. The caller checks shapes and dtypes; here every pointer is trusted.
 #include <atomic>
 
+#include "gather.h"
 #include "layout.h"
 #include "repack.h"
 #include "team.h"
@@ -11,7 +12,7 @@
 namespace {
 
 // Raise with every change of the functions below or of the tile layout.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 // Instruction sets, weakest first; the numbers are part of the interface.
 enum Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
@@ -129,4 +130,11 @@ NEUQI_EXPORT uint64_t neuqi_cpu_read(const void* data, int64_t bytes, int thread
   Read job{static_cast<const uint64_t*>(data), bytes / 8 / kReadWords};
   neuqi::team_run(read_chunks, &job, threads);
   return job.sum;
+}
+
+// y [count, k] = rows `ids` (int64) of Ŵ [n, k], in the type of `y_kind`. Returns 0, or 1 when an id is out of range.
+NEUQI_EXPORT int neuqi_cpu_gather(const void* tiles, const void* ids, void* y, int64_t count, int64_t n, int64_t k,
+                                  int bits, int64_t group, int scale_kind, int y_kind, int threads) {
+  return !neuqi::gather({n, k, group, bits, scale_kind}, static_cast<const uint8_t*>(tiles),
+                        static_cast<const int64_t*>(ids), count, y, y_kind, threads);
 }

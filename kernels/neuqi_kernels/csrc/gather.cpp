@@ -1,0 +1,85 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "scalar.h"
+#include "team.h"
+
+namespace neuqi {
+namespace {
+
+// Below this many weights a second thread costs more than it brings.
+constexpr int64_t kWeightsPerThread = int64_t(1) << 15;
+
+struct Job {
+  const Geometry& geometry;
+  const uint8_t* tiles;
+  const int64_t* ids;
+  int64_t count;
+  void* y;
+  int y_kind;
+  std::atomic<int64_t> next{0};
+};
+
+// One block of 32 codes of one row: the row's lane of B registers.
+template <int B>
+void block_codes(const uint8_t* lane, int64_t register_stride, float* codes) {
+  uint32_t packed[B], pairs[kPairs] = {};
+  for (int r = 0; r < B; ++r) std::memcpy(&packed[r], lane + r * register_stride, 4);
+#pragma GCC unroll 32
+  for (int i = 0; i < Layout<B>::kSlices; ++i) {
+    const Slice slice = Layout<B>::slice(i);
+    uint32_t mask = (1u << slice.width) - 1;
+    pairs[slice.pair] |= (packed[slice.index] >> slice.position & (mask | mask << 16)) << slice.source;
+  }
+  for (int pair = 0; pair < kPairs; ++pair) {
+    codes[2 * pair] = float(pairs[pair] & 0xFFFF);
+    codes[2 * pair + 1] = float(pairs[pair] >> 16);
+  }
+}
+
+template <int B>
+void gather_row(const Job& job, int64_t index) {
+  const Geometry& geometry = job.geometry;
+  const int64_t id = job.ids[index], tile = id / kTile, row = id % kTile;
+  const Position position = geometry.position(tile);
+  int64_t to = index * geometry.k;
+  for (int64_t g = 0; g < geometry.groups(); ++g) {
+    const uint8_t* header = job.tiles + position.header + g * position.group_stride;
+    const uint8_t* codes = job.tiles + position.codes + g * position.group_stride + 4 * row;
+    const float scale = load_scalar(header, row, geometry.scale_kind);
+    const float zero = load_scalar(header, kTile + row, geometry.scale_kind);
+    for (int64_t block = 0; block < geometry.blocks(); ++block, codes += position.block_stride, to += kBlock) {
+      float values[kBlock];
+      block_codes<B>(codes, position.register_stride, values);
+      for (int i = 0; i < kBlock; ++i) values[i] = (values[i] - zero) * scale;
+      for (int i = 0; i < kBlock; ++i) store_scalar(job.y, to + i, job.y_kind, values[i]);
+    }
+  }
+}
+
+template <int B>
+void work(void* data) {
+  auto& job = *static_cast<Job*>(data);
+  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) gather_row<B>(job, i);
+}
+
+}  // namespace
+
+bool gather(const Geometry& geometry, const uint8_t* tiles, const int64_t* ids, int64_t count, void* y, int y_kind,
+            int threads) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= geometry.n) return false;
+  Job job{geometry, tiles, ids, count, y, y_kind};
+  void (*run)(void*) = geometry.bits == 2   ? work<2>
+                       : geometry.bits == 3 ? work<3>
+                       : geometry.bits == 4 ? work<4>
+                                            : work<8>;
+  const int64_t useful = std::max<int64_t>(1, count * geometry.k / kWeightsPerThread);
+  team_run(run, &job, int(std::min<int64_t>({threads, count, useful})));
+  return true;
+}
+
+}  // namespace neuqi
