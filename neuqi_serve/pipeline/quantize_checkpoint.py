@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
 from neuqi_serve.format.safetensors_file import TensorSpec
@@ -48,13 +48,17 @@ _NOT_COPIED_NAMES = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME)
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """``solver``: one of ``SOLVERS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``."""
+    """``solver``: one of ``SOLVERS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
+
+    ``vocabulary``: widths of output head and embedding, None for the defaults.
+    """
 
     spec: WeightSpec
     solver: str = "fast"
     device: str = "cpu"
     overwrite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    vocabulary: VocabularyBits | None = None
 
 
 def quantize_checkpoint(
@@ -63,7 +67,7 @@ def quantize_checkpoint(
     settings: QuantizationSettings,
     progress_stream: TextIO | None = None,
 ) -> CheckpointSummary:
-    """Pack the linear layers of the decoder blocks of ``source_path`` into the new folder ``destination``.
+    """Pack the linear layers, the output head and the embedding of ``source_path`` into the new folder ``destination``.
 
     Weights are minimized under plain squared error, no calibration data. Memory is bounded by one weight and its
     packed form, disk by the packed checkpoint. Nothing appears at ``destination`` before all of it is written.
@@ -80,7 +84,7 @@ def quantize_checkpoint(
     _check_apart(source_path, destination)
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
-    selection = select_modules(source, settings.spec)
+    selection = select_modules(source, settings.spec, settings.vocabulary)
     tensors = plan_tensors(source, selection)
     _check_disk(destination, tensors)
     with write_checkpoint(
@@ -90,7 +94,7 @@ def quantize_checkpoint(
         for path in other_files(source_path):
             writer.copy_file(path)
         manifest = writer.finish(
-            source.config,
+            _config(source, selection),
             selection.recipe,
             modules,
             source={
@@ -126,6 +130,16 @@ def other_files(source_path: Path) -> list[Path]:
         and path.name not in _NOT_COPIED_NAMES
         and not path.name.endswith(_NOT_COPIED_SUFFIXES)
     ]
+
+
+def _config(source: SourceCheckpoint, selection: Selection) -> Mapping[str, Any]:
+    """The model's configuration; a head of its own beside a configuration that calls it tied is declared untied.
+
+    vLLM looks for the unpacked head to find that out.
+    """
+    if source.config.get("tie_word_embeddings") and not selection.tied:
+        return {**source.config, "tie_word_embeddings": False}
+    return source.config
 
 
 def relative_error(weight: Tensor, packed: PackedWeight, spec: WeightSpec) -> float:

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.config import (
+    DEFAULT_EMBEDDING_BITS,
+    DEFAULT_LM_HEAD_BITS,
+    SCALE_DTYPES,
+    SUPPORTED_BITS,
+    SUPPORTED_GROUP_SIZES,
+    VOCABULARY_BITS,
+    VocabularyBits,
+    WeightSpec,
+)
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server.listen_address import ListenAddress
 
@@ -43,11 +52,20 @@ class OwnOptions:
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
+    lm_head_bits: int | None = None
+    embedding_bits: int | None = None
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
         """Take them from parsed arguments."""
-        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize)
+        return cls(
+            args.bits,
+            args.group_size,
+            args.scale_dtype,
+            not args.no_quantize,
+            args.lm_head_bits,
+            args.embedding_bits,
+        )
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -61,6 +79,14 @@ class OwnOptions:
             default.group_size if self.group_size is None else self.group_size,
             self.scale_dtype or default.scale_dtype,
         )
+
+    def vocabulary(self) -> VocabularyBits:
+        """Return the widths of output head and embedding that the user gave.
+
+        Raises:
+            UsageError: a value outside the supported set.
+        """
+        return VocabularyBits(self.lm_head_bits, self.embedding_bits)
 
 
 @dataclass(frozen=True)
@@ -97,6 +123,18 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--scale-dtype",
         choices=SCALE_DTYPES,
         help=f"storage of scales and zero-points (default: {default.scale_dtype})",
+    )
+    group.add_argument(
+        "--lm-head-bits",
+        type=int,
+        metavar=_choices(VOCABULARY_BITS),
+        help=f"bits of the output head, 16 leaves it as it is (default: {DEFAULT_LM_HEAD_BITS})",
+    )
+    group.add_argument(
+        "--embedding-bits",
+        type=int,
+        metavar=_choices(VOCABULARY_BITS),
+        help=f"bits of the embedding; a tied one has those of the head (default: {DEFAULT_EMBEDDING_BITS})",
     )
     group.add_argument(
         "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
@@ -141,6 +179,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
     args, _ = own_parser().parse_known_args(words[1:] if first else words)
     own = OwnOptions.from_namespace(args)
     own.spec()
+    own.vocabulary()
     return EarlyArguments(
         model=first,
         own=own,
@@ -169,6 +208,9 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         "scale_dtype": spec.scale_dtype,
         "online": True,
     }
+    widths = {"lm_head_bits": own.lm_head_bits, "embedding_bits": own.embedding_bits}
+    # What was not given stays out: its default depends on whether the model ties the two.
+    settings |= {key: bits for key, bits in widths.items() if bits is not None}
     users = overrides.get("quantization_config")
     if users is None:
         return {**overrides, "quantization_config": settings}
@@ -179,7 +221,8 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         raise UsageError(
             f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
         )
-    for key, value in (("bits", own.bits), ("group_size", own.group_size), ("scale_dtype", own.scale_dtype)):
+    asked = {"bits": own.bits, "group_size": own.group_size, "scale_dtype": own.scale_dtype, **widths}
+    for key, value in asked.items():
         if value is not None and users.get(key, value) != value:
             raise UsageError(
                 f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "

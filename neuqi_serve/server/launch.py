@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server import vllm_start
 from neuqi_serve.server.command_line import (
@@ -89,6 +90,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
         "--bits": own.bits,
         "--group-size": own.group_size,
         "--scale-dtype": own.scale_dtype,
+        "--lm-head-bits": own.lm_head_bits,
+        "--embedding-bits": own.embedding_bits,
     }
     given = {option: value for option, value in asked.items() if value is not None}
     if model.kind == "packed" and model.spec is not None:
@@ -96,6 +99,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             "--bits": model.spec.bits,
             "--group-size": model.spec.group_size,
             "--scale-dtype": model.spec.scale_dtype,
+            "--lm-head-bits": _width(model, LM_HEAD),
+            "--embedding-bits": _width(model, EMBEDDING),
         }
         for option, value in given.items():
             if value != stored[option]:
@@ -116,6 +121,13 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             )
     else:
         check_on_the_fly(model, own.spec())
+        own.vocabulary().resolved(model.is_tied)
+
+
+def _width(model: ServedModel, module: str) -> int:
+    """Bits of the output head or the embedding of a packed model."""
+    spec = model.recipe.vocabulary_spec(module) if model.recipe is not None else None
+    return UNQUANTIZED_BITS if spec is None else spec.bits
 
 
 def _start(
@@ -205,10 +217,16 @@ def _print_summary(
 
 def _weights(model: ServedModel, own: OwnOptions) -> str:
     if model.kind == "packed" and model.spec is not None:
-        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}"
+        stored = _width(model, LM_HEAD), _width(model, EMBEDDING)
+        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}{_vocabulary(*stored)}"
     if model.kind == "foreign":
         return f"quantized with {model.method!r}, served by vLLM as it is"
     if not own.quantize:
         return "unquantized"
     spec = own.spec()
-    return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}"
+    chosen = own.vocabulary().resolved(model.is_tied)
+    return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}{_vocabulary(*chosen)}"
+
+
+def _vocabulary(head: int, embedding: int) -> str:
+    return f"; output head {head} bits, embedding {embedding} bits"

@@ -35,7 +35,7 @@ ops.register()
 _DONE = "_already_called_process_weights_after_loading"
 
 
-class _NeuqiLinearMethod(LinearMethodBase):
+class NeuqiLinearMethod(LinearMethodBase):
     """What both methods share: the GEMM, the record for the metrics, and the check that every shard arrived."""
 
     source = ""
@@ -54,9 +54,14 @@ class _NeuqiLinearMethod(LinearMethodBase):
             spec=self.spec,
             original_bytes=self.n * k * dtype.itemsize,
             created_at=time.perf_counter(),
+            role=self.role(layer),
         )
         # Read by vLLM's MLA and LoRA code; a replicated layer does not set it itself.
         layer.input_size_per_partition = k
+
+    def role(self, layer: Any) -> str:
+        """Return what the layer is to the reports."""
+        return "linear"
 
     def _noting(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a weight loader so that a shard that never arrives is noticed: vLLM itself loads on silently."""
@@ -139,7 +144,7 @@ class _NeuqiLinearMethod(LinearMethodBase):
 
 
 @register_weight_loader_v2_supported_method
-class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
+class NeuqiPackedLinearMethod(NeuqiLinearMethod):
     """A packed checkpoint: ``<name>.qweight``, ``<name>.scale``, ``<name>.zero`` in the canonical layout."""
 
     source = "packed"
@@ -200,7 +205,7 @@ class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
 
 
 @register_weight_loader_v2_supported_method
-class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
+class NeuqiOnlineLinearMethod(NeuqiLinearMethod):
     """An unquantized checkpoint: a layer is quantized and its weights released as soon as its last part arrived."""
 
     source = "on-the-fly"
@@ -225,6 +230,10 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
             output_dim=0,
             weight_loader=self._noting("weight", extra["weight_loader"]),
         )
+        rows = getattr(layer, "num_org_embeddings_per_partition", None)
+        if rows is not None:
+            # The rows that fill up a vocabulary are in no checkpoint: vLLM must not wait for them.
+            weight.weight_loader_numel = rows * k
         layer.register_parameter("weight", weight)
         compat.initialize_online_processing(layer)
 
