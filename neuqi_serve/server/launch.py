@@ -33,6 +33,7 @@ _CHOSEN = (
     "data_parallel_size",
     "distributed_executor_backend",
     "enforce_eager",
+    "ir_op_priority",
     "kv_cache_dtype",
     "kv_cache_memory_bytes",
     "max_model_len",

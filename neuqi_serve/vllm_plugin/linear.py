@@ -108,6 +108,7 @@ class NeuqiLinearMethod(LinearMethodBase):
         for name, tensor in zip(("qweight", "scale", "zero"), prepared, strict=True):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self.backend = backend.name
+        self.gemm = backend.gemm
         self.record.backend = backend.name
         self.record.repack_seconds += time.perf_counter() - started
         self.record.finished_at = time.perf_counter()
@@ -116,17 +117,13 @@ class NeuqiLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x [..., K] · Ŵᵀ + bias`` as ``[..., N]`` in the dtype of ``x``."""
-        return torch.ops.neuqi.gemm(
-            x,
-            layer.qweight,
-            layer.scale,
-            layer.zero,
-            bias,
-            self.n,
-            self.spec.bits,
-            self.spec.group_size,
-            self.backend,
-        )
+        weights = layer.qweight, layer.scale, layer.zero
+        if torch.compiler.is_compiling():
+            return torch.ops.neuqi.gemm(
+                x, *weights, bias, self.n, self.spec.bits, self.spec.group_size, self.backend
+            )
+        # Past the dispatcher, which costs as much as a small layer's product.
+        return self.gemm(x, *weights, bias, self.n, self.spec.bits, self.spec.group_size)
 
     def dequantize_weight(self, layer: Any) -> torch.Tensor:
         """Return ``Ŵ [N, K]`` in the model's dtype (multi-head latent attention asks for it)."""
