@@ -217,7 +217,8 @@ def write_gguf(shape: Shape, path: Path) -> Path:
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(str(path), "llama")
+    partial = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(str(partial), "llama")
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
@@ -248,7 +249,7 @@ def write_gguf(shape: Shape, path: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return partial.rename(path)
 
 
 def quantize_gguf(source: Path, path: Path, kind: str, threads: int) -> Path:
@@ -262,12 +263,13 @@ def quantize_gguf(source: Path, path: Path, kind: str, threads: int) -> Path:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.nthread = threads
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    partial = path.with_suffix(".partial")
     failed = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(path).encode(), ctypes.byref(parameters)
+        str(source).encode(), str(partial).encode(), ctypes.byref(parameters)
     )
     if failed:
         raise RuntimeError(f"expected llama.cpp to quantize {source.name} to {kind}, got error {failed}.")
-    return path
+    return partial.rename(path)
 
 
 def free_bytes(folder: Path) -> int:

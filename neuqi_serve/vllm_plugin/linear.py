@@ -117,13 +117,30 @@ class NeuqiLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x [..., K] · Ŵᵀ + bias`` as ``[..., N]`` in the dtype of ``x``."""
-        weights = layer.qweight, layer.scale, layer.zero
         if torch.compiler.is_compiling():
             return torch.ops.neuqi.gemm(
-                x, *weights, bias, self.n, self.spec.bits, self.spec.group_size, self.backend
+                x,
+                layer.qweight,
+                layer.scale,
+                layer.zero,
+                bias,
+                self.n,
+                self.spec.bits,
+                self.spec.group_size,
+                self.backend,
             )
-        # Past the dispatcher, which costs as much as a small layer's product.
-        return self.gemm(x, *weights, bias, self.n, self.spec.bits, self.spec.group_size)
+        # Past torch's dispatcher and a module's attribute search, which together cost as much as a small product.
+        held = layer._parameters
+        return self.gemm(
+            x,
+            held["qweight"],
+            held["scale"],
+            held["zero"],
+            bias,
+            self.n,
+            self.spec.bits,
+            self.spec.group_size,
+        )
 
     def dequantize_weight(self, layer: Any) -> torch.Tensor:
         """Return ``Ŵ [N, K]`` in the model's dtype (multi-head latent attention asks for it)."""
