@@ -40,11 +40,20 @@ void block_codes(const uint8_t* lane, int64_t register_stride, float* codes) {
   }
 }
 
+// The type is a constant here, so that the loop is free of branches.
+template <int Kind>
+void store_block(void* y, int64_t to, const float* values) {
+  for (int i = 0; i < kBlock; ++i) store_scalar(y, to + i, Kind, values[i]);
+}
+
 template <int B>
 void gather_row(const Job& job, int64_t index) {
   const Geometry& geometry = job.geometry;
   const int64_t id = job.ids[index], tile = id / kTile, row = id % kTile;
   const Position position = geometry.position(tile);
+  void (*store)(void*, int64_t, const float*) = job.y_kind == kFloat32   ? store_block<kFloat32>
+                                                : job.y_kind == kFloat16 ? store_block<kFloat16>
+                                                                         : store_block<kBfloat16>;
   int64_t to = index * geometry.k;
   for (int64_t g = 0; g < geometry.groups(); ++g) {
     const uint8_t* header = job.tiles + position.header + g * position.group_stride;
@@ -55,7 +64,7 @@ void gather_row(const Job& job, int64_t index) {
       float values[kBlock];
       block_codes<B>(codes, position.register_stride, values);
       for (int i = 0; i < kBlock; ++i) values[i] = (values[i] - zero) * scale;
-      for (int i = 0; i < kBlock; ++i) store_scalar(job.y, to + i, job.y_kind, values[i]);
+      store(job.y, to, values);
     }
   }
 }
