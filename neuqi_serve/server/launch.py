@@ -24,7 +24,11 @@ from neuqi_serve.server.defaults import Choice, choose_defaults
 from neuqi_serve.server.engine_process import EngineProcesses
 from neuqi_serve.server.listen_address import ListenAddress
 from neuqi_serve.server.machine import Machine, detect_machine
-from neuqi_serve.server.process_environment import apply_environment, vllm_environment
+from neuqi_serve.server.process_environment import (
+    apply_environment,
+    explain_environment,
+    vllm_environment,
+)
 from neuqi_serve.server.served_model import ServedModel, check_on_the_fly, find_model, local_folder
 
 # Options of vLLM whose value depends on the machine and the model; unset ones get a default of ours.
@@ -66,10 +70,10 @@ def serve(arguments: Sequence[str]) -> int:
     machine = detect_machine()
     offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
     # Before anything imports torch or numpy, which read some of these variables.
-    apply_environment(vllm_environment(machine, offline))
+    applied = apply_environment(vllm_environment(machine, offline))
     model = _check_early(early)
     with EngineProcesses() as processes:
-        return _start(arguments, early, model, machine, processes)
+        return _start(arguments, early, model, machine, processes, explain_environment(applied))
 
 
 def _check_early(early: EarlyArguments) -> ServedModel | None:
@@ -137,6 +141,7 @@ def _start(
     model: ServedModel | None,
     machine: Machine,
     processes: EngineProcesses,
+    environment: Sequence[str],
 ) -> int:
     vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
     why_spawned = processes.fork() if machine.runs_on_cpu else "vLLM starts it on accelerators"
@@ -147,7 +152,7 @@ def _start(
     own = OwnOptions.from_namespace(args)
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
-    _print_summary(machine, model, own, choices, why_spawned)
+    _print_summary(machine, model, own, [*map(str, choices), *environment], why_spawned)
     return vllm_start.run(args, processes)
 
 
@@ -203,14 +208,14 @@ def complete(
 
 
 def _print_summary(
-    machine: Machine, model: ServedModel, own: OwnOptions, choices: Sequence[Choice], why_spawned: str | None
+    machine: Machine, model: ServedModel, own: OwnOptions, chosen: Sequence[str], why_spawned: str | None
 ) -> None:
     lines = [f"neuqi serve {model.name}: {_weights(model, own)}"]
     if machine.runs_on_cpu:
         lines.append(
             f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:"
         )
-    lines += [f"  {choice}" for choice in choices]
+    lines += [f"  {line}" for line in chosen]
     if machine.runs_on_cpu and why_spawned:
         lines.append(f"  engine process started anew, which takes longer: {why_spawned}")
     print("\n".join(lines), flush=True)

@@ -26,6 +26,13 @@ SMALL_MACHINE_CORES = 2
 # shorter than the time between two steps.
 SPIN_COUNT = 20000
 
+# Why the variables are set that decide how the cores are used; they are printed at the start.
+_REASONS = {
+    "GOMP_SPINCOUNT": "waiting threads stay awake within a step and sleep between two steps",
+    "VLLM_CPU_OMP_THREADS_BIND": "vLLM would keep a core for the API process, which hardly needs one",
+    "OMP_NUM_THREADS": "threads of the engine, one per core",
+}
+
 
 def vllm_environment(machine: Machine, offline: bool) -> dict[str, str]:
     """Choose the variables for this machine; ``offline``: nothing has to be fetched from the Hugging Face hub."""
@@ -60,6 +67,13 @@ def apply_environment(chosen: dict[str, str]) -> dict[str, str]:
     applied = {name: value for name, value in chosen.items() if name not in os.environ}
     os.environ.update(applied)
     return applied
+
+
+def explain_environment(applied: dict[str, str]) -> list[str]:
+    """Return a line with the reason for each variable set here that decides how the cores are used."""
+    return [
+        f"{f'{name}={applied[name]}':<42} {reason}" for name, reason in _REASONS.items() if name in applied
+    ]
 
 
 def inherited_environment() -> dict[str, str]:
