@@ -35,14 +35,18 @@ FLAGS = [
         "-fno-rtti",
         "-fno-threadsafe-statics",
     ),
-    *("-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+    *("-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"),
+    # GCC 12 warns of its own intrinsics.
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 ]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512", *AVX2]
 # Macro that says that a file is built, its source, its flags.
 VARIANTS = (
-    ("NEUQI_HAS_AVX2", "gemm_avx2.cpp", ["-mavx2", "-mfma"]),
+    ("NEUQI_HAS_AVX2", "gemm_avx2.cpp", AVX2),
+    ("NEUQI_HAS_AVX_VNNI", "gemm_avx_vnni.cpp", [*AVX2, "-mavxvnni"]),
     ("NEUQI_HAS_AVX512", "gemm_avx512.cpp", AVX512),
-    ("NEUQI_HAS_AVX512_BF16", "gemm_bf16.cpp", [*AVX512, "-mavx512bf16"]),
+    ("NEUQI_HAS_AVX512_VNNI", "gemm_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"]),
 )
 COMMON = ("entry.cpp", "gather.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
 # Vector types and conversions between them: GCC 9, Clang 10.

@@ -63,15 +63,16 @@ def test_the_strongest_common_instruction_set_runs() -> None:
     def chosen(built: int, supported: int) -> int | str:
         return library.choose_instruction_set(Pretended(built, supported), None)
 
-    assert chosen(0b1111, 0b1111) == library.INSTRUCTION_SETS.index("avx512_bf16")
-    assert chosen(0b1111, 0b0111) == library.INSTRUCTION_SETS.index("avx512")
-    assert chosen(0b0011, 0b1111) == library.INSTRUCTION_SETS.index("avx2")
-    assert chosen(0b0001, 0b1111) == library.INSTRUCTION_SETS.index("portable")
+    assert chosen(0b011111, 0b011111) == library.INSTRUCTION_SETS.index("avx512_vnni")
+    assert chosen(0b011111, 0b001111) == library.INSTRUCTION_SETS.index("avx512")
+    assert chosen(0b000111, 0b011111) == library.INSTRUCTION_SETS.index("avx_vnni")
+    assert chosen(0b000001, 0b011111) == library.INSTRUCTION_SETS.index("portable")
+    assert chosen(0b100001, 0b100001) == library.INSTRUCTION_SETS.index("neon")
 
 
 def test_a_forced_instruction_set_runs_or_is_a_reason() -> None:
     def forced(name: str) -> int | str:
-        return library.choose_instruction_set(Pretended(0b0011, 0b0101), name)
+        return library.choose_instruction_set(Pretended(0b00011, 0b01001), name)
 
     assert forced("portable") == 0
     assert forced("avx2") == "NEUQI_CPU_ISA forces avx2, which this CPU does not have"

@@ -16,10 +16,15 @@ pytestmark = pytest.mark.skipif(isinstance(library.load(), str), reason=f"the C+
 
 # Unit roundoff of the result.
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-# Products are exact or rounded once to float32, and a sum has at most K terms for the codes and K for the zero-point,
-# some more steps join groups, parts and bias. Each step rounds by 2^-24 of the sums' magnitude at most.
+# Sums of codes times activations in fixed point are exact. Each group of at most 128 input features then takes a few
+# float32 steps: conversions, zero-point, scale, sum. Each rounds by 2^-24 of the sums' magnitude at most.
 SUM_ROUNDOFF = 2.0**-24
+STEPS_PER_SEGMENT = 8
 EXTRA_STEPS = 16
+# Half a step of the fixed point, as a part of the largest activation among the neighbours that share it.
+FIXED_POINT = {torch.bfloat16: 2.0**-15, torch.float16: 2.0**-22, torch.float32: 2.0**-22}
+# Half of the smallest positive float32, which bounds what is lost where results are subnormal.
+TINY = 2.0**-149
 GROUP_SIZES = (32, 64, 128, -1)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -76,6 +81,11 @@ class Layer:
         self.qweight = layout.pack(self.codes, bits)
         self.prepared = backend.prepare(self.qweight, self.scale, self.zero, self.spec)
 
+    @property
+    def segment(self) -> int:
+        """Input features whose activations share a fixed-point scale."""
+        return next(size for size in (128, 64, 32) if self.spec.group % size == 0)
+
     def gemm(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         spec = self.spec
         return self.backend.gemm(x, *self.prepared, bias, spec.n, spec.bits, spec.group_size)
@@ -91,8 +101,12 @@ class Layer:
         expected, magnitude = x.double() @ weight.t(), x.double().abs() @ size.t()
         if bias is not None:
             expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
-        steps = 2 * self.spec.k + EXTRA_STEPS
+        largest = x.double().view(len(x), -1, self.segment).abs().amax(-1)
+        widths = weight.view(len(weight), -1, self.segment).abs().sum(-1)
+        segments = self.spec.k // self.segment
+        steps = STEPS_PER_SEGMENT * segments + EXTRA_STEPS
         bound = ROUNDOFF[x.dtype] * expected.abs() + steps * SUM_ROUNDOFF * magnitude
+        bound += FIXED_POINT[x.dtype] * largest @ widths.t() + segments * TINY
         error = (y.double() - expected).abs()
         assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
 

@@ -11,8 +11,8 @@ import torch
 # Must be `kAbi` of csrc/entry.cpp.
 ABI = 3
 PATH = Path(__file__).with_name("libneuqi_cpu.so")
-# In the order of `Isa` in csrc/entry.cpp, weakest first.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+# In the order of `Isa` in csrc/entry.cpp, weakest first within an architecture.
+INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon")
 # `Kind` of csrc/layout.h.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -21,9 +21,10 @@ class NativeBackend:
 
     The prepared ``qweight`` is int32 ``[⌈N/16⌉, words of a tile]`` and holds scales and zero-points too, in the order
     in which the kernel reads them; the prepared ``scale`` and ``zero`` are empty and keep the dtype only.
-    Activations are exact in every instruction set: float16 and float32 are split into two and three bf16 parts where
-    the bf16 dot product is used (so they cost two and three times the arithmetic), and float32 is multiplied as such
-    elsewhere. Sums are float32. A result does not depend on the number of threads.
+    Activations are multiplied in fixed point, bfloat16 with 15 bits and a sign, float16 and float32 with 21 (half as
+    fast again), whose last bit is relative to the largest of at most 128 neighbours; see csrc/activations.h. A token
+    with activations that are not finite is computed term by term, and gets what torch gives. A result depends neither
+    on the number of threads nor on the instruction set.
     """
 
     name = "cpu_native"

@@ -1,5 +1,10 @@
 // The C interface. The caller checks shapes and dtypes; here every pointer is trusted.
 #include <atomic>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "gather.h"
 #include "layout.h"
@@ -14,8 +19,41 @@ namespace {
 // Raise with every change of the functions below or of the tile layout.
 constexpr int kAbi = 3;
 
-// Instruction sets, weakest first; the numbers are part of the interface.
-enum Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// Instruction sets, weakest first within an architecture; the numbers are part of the interface.
+enum Isa { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Vnni = 4, kNeon = 5, kIsaCount = 6 };
+
+using Gemm = bool (*)(const neuqi::GemmArgs&);
+
+// The function of an instruction set, or null where it is not compiled in.
+Gemm gemm_of(int isa) {
+  switch (isa) {
+    case kPortable: return neuqi::gemm_portable;
+#ifdef NEUQI_HAS_AVX2
+    case kAvx2: return neuqi::gemm_avx2;
+#endif
+#ifdef NEUQI_HAS_AVX_VNNI
+    case kAvxVnni: return neuqi::gemm_avx_vnni;
+#endif
+#ifdef NEUQI_HAS_AVX512
+    case kAvx512: return neuqi::gemm_avx512;
+#endif
+#ifdef NEUQI_HAS_AVX512_VNNI
+    case kAvx512Vnni: return neuqi::gemm_avx512_vnni;
+#endif
+#ifdef NEUQI_HAS_NEON
+    case kNeon: return neuqi::gemm_neon;
+#endif
+    default: return nullptr;
+  }
+}
+
+#if defined(__x86_64__)
+// Leaf 7, subleaf 1, EAX: compilers learn to ask for this feature by name later than they can compile for it.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
 
 bool cpu_has(int isa) {
   if (isa == kPortable) return true;
@@ -25,28 +63,16 @@ bool cpu_has(int isa) {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == kAvx2) return avx2;
+  if (isa == kAvxVnni) return avx2 && has_avx_vnni();
   if (isa == kAvx512) return avx512;
-#ifdef NEUQI_HAS_AVX512_BF16
-  if (isa == kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
+  if (isa == kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__) && defined(__linux__)
+  // HWCAP_ASIMDDP: the byte dot product.
+  if (isa == kNeon) return getauxval(AT_HWCAP) >> 20 & 1;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  if (isa == kNeon) return true;
 #endif
   return false;
-}
-
-bool is_built(int isa) {
-  switch (isa) {
-    case kPortable: return true;
-#ifdef NEUQI_HAS_AVX2
-    case kAvx2: return true;
-#endif
-#ifdef NEUQI_HAS_AVX512
-    case kAvx512: return true;
-#endif
-#ifdef NEUQI_HAS_AVX512_BF16
-    case kAvx512Bf16: return true;
-#endif
-    default: return false;
-  }
 }
 
 struct Read {
@@ -78,13 +104,13 @@ NEUQI_EXPORT int neuqi_cpu_abi() { return kAbi; }
 // Bit i: instruction set i is compiled in / is offered by this CPU.
 NEUQI_EXPORT int neuqi_cpu_built() {
   int mask = 0;
-  for (int isa = kPortable; isa <= kAvx512Bf16; ++isa) mask |= is_built(isa) << isa;
+  for (int isa = kPortable; isa < kIsaCount; ++isa) mask |= int(gemm_of(isa) != nullptr) << isa;
   return mask;
 }
 
 NEUQI_EXPORT int neuqi_cpu_supported() {
   int mask = 0;
-  for (int isa = kPortable; isa <= kAvx512Bf16; ++isa) mask |= cpu_has(isa) << isa;
+  for (int isa = kPortable; isa < kIsaCount; ++isa) mask |= int(cpu_has(isa)) << isa;
   return mask;
 }
 
@@ -111,18 +137,7 @@ NEUQI_EXPORT int neuqi_cpu_gemm(int isa, const void* x, const void* tiles, const
                                 int bias_kind, int threads) {
   neuqi::GemmArgs args{{n, k, group, bits, scale_kind}, static_cast<const uint8_t*>(tiles), x, bias, y, m, x_kind,
                        bias_kind, threads};
-  switch (isa) {
-#ifdef NEUQI_HAS_AVX512_BF16
-    case kAvx512Bf16: return !neuqi::gemm_avx512_bf16(args);
-#endif
-#ifdef NEUQI_HAS_AVX512
-    case kAvx512: return !neuqi::gemm_avx512(args);
-#endif
-#ifdef NEUQI_HAS_AVX2
-    case kAvx2: return !neuqi::gemm_avx2(args);
-#endif
-    default: return !neuqi::gemm_portable(args);
-  }
+  return !gemm_of(isa)(args);
 }
 
 // Reads `bytes` (whole chunks of 1 MiB) once and returns a sum of them: the yardstick of the benchmarks.

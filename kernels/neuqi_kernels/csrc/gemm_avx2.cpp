@@ -2,12 +2,11 @@
 
 #ifdef __AVX2__
 
-#define NEUQI_LANES 8
-#include "gemm_float32.h"
+#include "simd_avx2.h"
 
 namespace neuqi {
 
-bool gemm_avx2(const GemmArgs& args) { return gemm<Variant>(args); }
+bool gemm_avx2(const GemmArgs& args) { return gemm<Avx2>(args); }
 
 }  // namespace neuqi
 

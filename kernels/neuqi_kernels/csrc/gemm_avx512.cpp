@@ -1,13 +1,12 @@
 #include "variants.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 
-#define NEUQI_LANES 16
-#include "gemm_float32.h"
+#include "simd_avx512.h"
 
 namespace neuqi {
 
-bool gemm_avx512(const GemmArgs& args) { return gemm<Variant>(args); }
+bool gemm_avx512(const GemmArgs& args) { return gemm<Avx512>(args); }
 
 }  // namespace neuqi
 

@@ -1,10 +1,9 @@
 #include "variants.h"
 
-#define NEUQI_LANES 4
-#include "gemm_float32.h"
+#include "simd_portable.h"
 
 namespace neuqi {
 
-bool gemm_portable(const GemmArgs& args) { return gemm<Variant>(args); }
+bool gemm_portable(const GemmArgs& args) { return gemm<Portable>(args); }
 
 }  // namespace neuqi

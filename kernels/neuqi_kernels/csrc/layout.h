@@ -7,8 +7,8 @@
 //     per block of 32 input features: for each of its `bits` registers: per tile: [64 bytes, 16 lanes]
 //
 // so that a strip is a single sequential stream, which hardware prefetches best, and its tiles share the activations
-// that a kernel has loaded. Within a lane the low 16 bits hold codes of even input features and the high 16 bits their
-// odd neighbours at the same positions: a pair of codes, as the bf16 dot product wants them.
+// that a kernel has loaded. The four bytes of a lane hold codes of four neighbouring input features at the same bit
+// positions: a quad, as the dot product of bytes wants it.
 #pragma once
 
 #include <cstdint>
@@ -18,31 +18,34 @@ namespace neuqi {
 constexpr int kTile = 16;
 constexpr int kStrip = 4;
 constexpr int kBlock = 32;
-constexpr int kPairs = kBlock / 2;
+constexpr int kQuads = kBlock / 4;
 constexpr int kRegisterBytes = 64;
+// Input features whose activations share one fixed-point scale; a group of weights has one or more such segments.
+constexpr int kMostSegment = 128;
 
-// Bits [source, source + width) of the codes of pair `pair` lie at bit `position` of both halves of register `index`.
+// Bits [source, source + width) of the codes of quad `quad` lie at bit `position` of the bytes of register `index`.
 struct Slice {
-  uint8_t index, position, pair, source, width;
+  uint8_t index, position, quad, source, width;
 };
 
 template <int B>
 struct Layout {
-  static constexpr int kPerHalf = 16 / B;
-  static constexpr int kSlices = kPairs;
+  static constexpr int kPerByte = 8 / B;
+  static constexpr int kSlices = kQuads;
   static constexpr Slice slice(int i) {
-    return {uint8_t(i / kPerHalf), uint8_t(B * (i % kPerHalf)), uint8_t(i), 0, B};
+    return {uint8_t(i / kPerByte), uint8_t(B * (i % kPerByte)), uint8_t(i), 0, B};
   }
 };
 
-// Three registers hold five codes of 3 bits in each half and one spare bit: together the sixteenth code. The spare bit
-// is the highest of the first two registers and the lowest of the third, so that the three meet in one table index.
+// A byte of three registers holds two codes each and two spare bits: the spare bits of the first two are the upper two
+// bits of the seventh and eighth code, whose lowest bits are the spare bits of the third.
 template <>
 struct Layout<3> {
-  static constexpr int kSlices = kPairs + 2;
+  static constexpr int kSlices = kQuads + 2;
   static constexpr Slice slice(int i) {
-    if (i < 15) return {uint8_t(i / 5), uint8_t(3 * (i % 5) + (i / 5 == 2)), uint8_t(i), 0, 3};
-    return {uint8_t(i - 15), uint8_t(i == 17 ? 0 : 15), 15, uint8_t(i - 15), 1};
+    if (i < 6) return {uint8_t(i / 2), uint8_t(3 * (i % 2)), uint8_t(i), 0, 3};
+    if (i < 8) return {uint8_t(i - 6), 6, uint8_t(i), 1, 2};
+    return {2, uint8_t(i - 2), uint8_t(i - 2), 0, 1};
   }
 };
 
@@ -52,9 +55,13 @@ inline constexpr int kind_bytes(int kind) { return kind == kFloat32 ? 4 : 2; }
 
 // Where a tile lies, in bytes: its first header and codes, and the distances from group to group, block to block and
 // register to register. The next tile of the strip has its header one header further and its codes one register further.
+// `ahead`: how far ahead of the bytes in use the stream is asked for, whole groups where they are short.
 struct Position {
-  int64_t header, codes, group_stride, block_stride, register_stride;
+  int64_t header, codes, group_stride, block_stride, register_stride, ahead;
 };
+
+// Enough for a core to wait for nothing between its reads: less does not cover the latency of the memory.
+constexpr int64_t kAheadBytes = 8192;
 
 // Sizes of one packed matrix.
 struct Geometry {
@@ -64,6 +71,9 @@ struct Geometry {
   constexpr int64_t tiles() const { return (n + kTile - 1) / kTile; }
   constexpr int64_t groups() const { return k / group; }
   constexpr int64_t blocks() const { return group / kBlock; }
+  // The largest of 128, 64 and 32 that divides a group.
+  constexpr int64_t segment() const { return group % kMostSegment == 0 ? kMostSegment : group % 64 == 0 ? 64 : kBlock; }
+  constexpr int64_t segments() const { return k / segment(); }
   constexpr int64_t header_bytes() const { return 2 * kTile * kind_bytes(scale_kind); }
   constexpr int64_t block_bytes() const { return int64_t(bits) * kRegisterBytes; }
   constexpr int64_t chunk_bytes() const { return header_bytes() + blocks() * block_bytes(); }
@@ -74,8 +84,13 @@ struct Geometry {
   }
   constexpr Position position(int64_t tile) const {
     int64_t first = tile / kStrip * kStrip, width = strip_end(tile) - first, start = first * tile_bytes();
-    return {start + (tile - first) * header_bytes(), start + width * header_bytes() + (tile - first) * kRegisterBytes,
-            width * chunk_bytes(), width * block_bytes(), width * kRegisterBytes};
+    int64_t stride = width * chunk_bytes();
+    return {start + (tile - first) * header_bytes(),
+            start + width * header_bytes() + (tile - first) * kRegisterBytes,
+            stride,
+            width * block_bytes(),
+            width * kRegisterBytes,
+            stride < kAheadBytes ? (kAheadBytes + stride - 1) / stride * stride : kAheadBytes};
   }
 };
 

@@ -8,51 +8,11 @@
 #include <atomic>
 #include <cstring>
 
-#include "scalar.h"
+#include "codes.h"
 #include "team.h"
 
 namespace neuqi {
 namespace {
-
-template <int B>
-uint32_t code_at(const uint32_t* words, int index) {
-  int bit = index * B;
-  uint64_t both = words[bit / 32];
-  if (bit % 32 + B > 32) both |= uint64_t(words[bit / 32 + 1]) << 32;
-  return uint32_t(both >> bit % 32) & ((1u << B) - 1);
-}
-
-// One block of 32 codes of one row: B canonical words into the row's lane of B registers.
-template <int B>
-void pack_lane(const uint32_t* words, uint8_t* lane, int64_t register_stride) {
-  uint32_t packed[B] = {};
-#pragma GCC unroll 32
-  for (int i = 0; i < Layout<B>::kSlices; ++i) {
-    const Slice slice = Layout<B>::slice(i);
-    uint32_t mask = (1u << slice.width) - 1;
-    uint32_t even = code_at<B>(words, 2 * slice.pair) >> slice.source & mask;
-    uint32_t odd = code_at<B>(words, 2 * slice.pair + 1) >> slice.source & mask;
-    packed[slice.index] |= (even | odd << 16) << slice.position;
-  }
-  for (int r = 0; r < B; ++r) std::memcpy(lane + r * register_stride, &packed[r], 4);
-}
-
-template <int B>
-void unpack_lane(const uint8_t* lane, int64_t register_stride, float* codes) {
-  uint32_t packed[B];
-  for (int r = 0; r < B; ++r) std::memcpy(&packed[r], lane + r * register_stride, 4);
-  uint32_t pairs[kPairs] = {};
-#pragma GCC unroll 32
-  for (int i = 0; i < Layout<B>::kSlices; ++i) {
-    const Slice slice = Layout<B>::slice(i);
-    uint32_t mask = (1u << slice.width) - 1;
-    pairs[slice.pair] |= (packed[slice.index] >> slice.position & (mask | mask << 16)) << slice.source;
-  }
-  for (int pair = 0; pair < kPairs; ++pair) {
-    codes[2 * pair] = float(pairs[pair] & 0xFFFF);
-    codes[2 * pair + 1] = float(pairs[pair] >> 16);
-  }
-}
 
 struct Job {
   const Geometry& geometry;
@@ -82,9 +42,11 @@ void repack_tile(const Job& job, int64_t tile) {
     }
     for (int64_t block = 0; block < blocks; ++block, codes += position.block_stride) {
       for (int r = 0; r < B && rows < kTile; ++r) std::memset(codes + r * position.register_stride, 0, kRegisterBytes);
-      for (int64_t row = 0; row < rows; ++row)
-        pack_lane<B>(job.qweight + (tile * kTile + row) * words + (g * blocks + block) * B,
-                     codes + 4 * row, position.register_stride);
+      for (int64_t row = 0; row < rows; ++row) {
+        uint32_t quads[kQuads];
+        quads_of_words<B>(job.qweight + (tile * kTile + row) * words + (g * blocks + block) * B, quads);
+        pack_lane<B>(quads, codes + 4 * row, position.register_stride);
+      }
     }
   }
 }
@@ -94,18 +56,11 @@ void dequantize_tile(const Job& job, int64_t tile) {
   const Geometry& geometry = job.geometry;
   const Position position = geometry.position(tile);
   const int64_t rows = std::min<int64_t>(kTile, geometry.n - tile * kTile);
-  for (int64_t g = 0; g < geometry.groups(); ++g) {
-    const uint8_t* header = job.tiles + position.header + g * position.group_stride;
-    for (int64_t row = 0; row < rows; ++row) {
-      float scale = load_scalar(header, row, geometry.scale_kind);
-      float zero = load_scalar(header, kTile + row, geometry.scale_kind);
-      float* to = job.weight + (tile * kTile + row) * geometry.k + g * geometry.group;
-      const uint8_t* codes = job.tiles + position.codes + g * position.group_stride;
-      for (int64_t block = 0; block < geometry.blocks(); ++block, to += kBlock, codes += position.block_stride) {
-        unpack_lane<B>(codes + 4 * row, position.register_stride, to);
-        for (int i = 0; i < kBlock; ++i) to[i] = (to[i] - zero) * scale;
-      }
-    }
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to = job.weight + (tile * kTile + row) * geometry.k;
+    for (int64_t g = 0; g < geometry.groups(); ++g)
+      for (int64_t block = 0; block < geometry.blocks(); ++block, to += kBlock)
+        dequantize_block<B>(geometry, position, job.tiles, g, block, row, to);
   }
 }
 

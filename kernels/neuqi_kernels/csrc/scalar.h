@@ -31,9 +31,8 @@ inline float half_to_float(uint16_t half) {
 inline float bfloat_to_float(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
 inline uint16_t float_to_bfloat(float value) {
-  uint32_t bits = to_bits(value);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  const uint32_t bits = to_bits(value), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
 }
 
 inline uint16_t float_to_half(float value) {

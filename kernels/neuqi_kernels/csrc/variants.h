@@ -5,9 +5,11 @@
 
 namespace neuqi {
 
-bool gemm_avx512_bf16(const GemmArgs& args);
+bool gemm_avx512_vnni(const GemmArgs& args);
 bool gemm_avx512(const GemmArgs& args);
+bool gemm_avx_vnni(const GemmArgs& args);
 bool gemm_avx2(const GemmArgs& args);
+bool gemm_neon(const GemmArgs& args);
 bool gemm_portable(const GemmArgs& args);
 
 }  // namespace neuqi
