@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # Must be `kAbi` of csrc/entry.cpp.
-ABI = 3
+ABI = 4
 PATH = Path(__file__).with_name("libneuqi_cpu.so")
 # In the order of `Isa` in csrc/entry.cpp, weakest first within an architecture.
 INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon")

@@ -17,7 +17,7 @@
 namespace {
 
 // Raise with every change of the functions below or of the tile layout.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 // Instruction sets, weakest first within an architecture; the numbers are part of the interface.
 enum Isa { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Vnni = 4, kNeon = 5, kIsaCount = 6 };

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
-#include "scalar.h"
+#include "codes.h"
 #include "team.h"
 
 namespace neuqi {
@@ -23,23 +22,6 @@ struct Job {
   std::atomic<int64_t> next{0};
 };
 
-// One block of 32 codes of one row: the row's lane of B registers.
-template <int B>
-void block_codes(const uint8_t* lane, int64_t register_stride, float* codes) {
-  uint32_t packed[B], pairs[kPairs] = {};
-  for (int r = 0; r < B; ++r) std::memcpy(&packed[r], lane + r * register_stride, 4);
-#pragma GCC unroll 32
-  for (int i = 0; i < Layout<B>::kSlices; ++i) {
-    const Slice slice = Layout<B>::slice(i);
-    uint32_t mask = (1u << slice.width) - 1;
-    pairs[slice.pair] |= (packed[slice.index] >> slice.position & (mask | mask << 16)) << slice.source;
-  }
-  for (int pair = 0; pair < kPairs; ++pair) {
-    codes[2 * pair] = float(pairs[pair] & 0xFFFF);
-    codes[2 * pair + 1] = float(pairs[pair] >> 16);
-  }
-}
-
 // The type is a constant here, so that the loop is free of branches.
 template <int Kind>
 void store_block(void* y, int64_t to, const float* values) {
@@ -56,14 +38,9 @@ void gather_row(const Job& job, int64_t index) {
                                                                          : store_block<kBfloat16>;
   int64_t to = index * geometry.k;
   for (int64_t g = 0; g < geometry.groups(); ++g) {
-    const uint8_t* header = job.tiles + position.header + g * position.group_stride;
-    const uint8_t* codes = job.tiles + position.codes + g * position.group_stride + 4 * row;
-    const float scale = load_scalar(header, row, geometry.scale_kind);
-    const float zero = load_scalar(header, kTile + row, geometry.scale_kind);
-    for (int64_t block = 0; block < geometry.blocks(); ++block, codes += position.block_stride, to += kBlock) {
+    for (int64_t block = 0; block < geometry.blocks(); ++block, to += kBlock) {
       float values[kBlock];
-      block_codes<B>(codes, position.register_stride, values);
-      for (int i = 0; i < kBlock; ++i) values[i] = (values[i] - zero) * scale;
+      dequantize_block<B>(geometry, position, job.tiles, g, block, row, values);
       store(job.y, to, values);
     }
   }
