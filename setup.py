@@ -48,7 +48,7 @@ VARIANTS = (
     ("NEUQI_HAS_AVX512", "gemm_avx512.cpp", AVX512),
     ("NEUQI_HAS_AVX512_VNNI", "gemm_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"]),
 )
-COMMON = ("entry.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
+COMMON = ("entry.cpp", "gather.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
 # The quantizer writes every fused multiply-add as such, so that all instruction sets give the same bits.
 EXACT = ["-ffp-contract=off"]
 VARIANTS += (
