@@ -316,25 +316,3 @@ def test_gemm_refuses_what_would_read_foreign_memory() -> None:
         layer.gemm(x, torch.zeros(18))
     with pytest.raises(ValueError, match=r"got activations torch\.float64"):
         layer.gemm(x.double())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
-def test_every_instruction_set_gives_the_same_bits(
-    bits: int, group_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forced(name: str) -> NativeBackend:
-        monkeypatch.setenv("NEUQI_CPU_ISA", name)
-        return NativeBackend()
-
-    backends = [forced(name) for name in library.INSTRUCTION_SETS]
-    usable = [backend for backend in backends if not isinstance(backend._loaded, str)]
-    if len(usable) < 2:
-        pytest.skip("this CPU or this library has the portable instruction set only")
-    bias = torch.randn(67, generator=torch.Generator().manual_seed(2)).to(dtype)
-    layers = [Layer(backend, 67, 384, bits, group_size, dtype) for backend in usable]
-    # As few tokens as are multiplied at once, one more, and several panels.
-    for m in (1, 2, 3, 4, 5, 9, 70):
-        first, *others = [layer.gemm(activations(m, 384, dtype), bias) for layer in layers]
-        assert all(torch.equal(other, first) for other in others), m
