@@ -17,7 +17,7 @@ $(VENV)/.serve.stamp: $(INPUTS)
 	requirements/install $(VENV)
 	@touch $@
 
-$(VENV)/.dev.stamp: $(VENV)/.serve.stamp requirements/dev.txt
+$(VENV)/.dev.stamp: $(VENV)/.serve.stamp requirements/dev.txt requirements/triton.txt
 	requirements/install $(VENV) dev
 	@touch $@
 

@@ -41,6 +41,8 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512", *AVX2]
+# The quantizer writes every fused multiply-add as such, so that all instruction sets give the same bits.
+EXACT = ["-ffp-contract=off"]
 # For each architecture: the macro that says that a file is built, its source, its flags.
 VARIANTS: dict[str, tuple[tuple[str, str, list[str]], ...]] = {
     "x86_64": (
@@ -48,12 +50,15 @@ VARIANTS: dict[str, tuple[tuple[str, str, list[str]], ...]] = {
         ("NEUQI_HAS_AVX_VNNI", "gemm_avx_vnni.cpp", [*AVX2, "-mavxvnni"]),
         ("NEUQI_HAS_AVX512", "gemm_avx512.cpp", AVX512),
         ("NEUQI_HAS_AVX512_VNNI", "gemm_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"]),
+        ("NEUQI_HAS_AVX2", "quantize_avx2.cpp", ["-mavx2", "-mfma", *EXACT]),
+        ("NEUQI_HAS_AVX512", "quantize_avx512.cpp", [*AVX512, *EXACT]),
     ),
     "aarch64": (("NEUQI_HAS_NEON", "gemm_neon.cpp", ["-march=armv8.2-a+dotprod"]),),
 }
 # Other names of the same architectures.
 ARCHITECTURES = {"AMD64": "x86_64", "arm64": "aarch64"}
 COMMON = ("entry.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
+COMMON_EXACT = ("quantize_entry.cpp", "quantize_portable.cpp")
 # Vector types and conversions between them: GCC 9, Clang 10.
 PROBE = """
 typedef int I __attribute__((vector_size(16)));
@@ -108,6 +113,7 @@ class BuildLibrary(build_ext):
                 macros.append(f"-D{macro}")
                 jobs.append((source, flags))
         jobs += [(source, macros) for source in COMMON]
+        jobs += [(source, [*macros, *EXACT]) for source in COMMON_EXACT]
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -150,7 +156,7 @@ if __name__ == "__main__":
     library = Extension(
         "neuqi_kernels.cpu.libneuqi_cpu",
         sources=[
-            *(str(SOURCES / name) for name in COMMON),
+            *(str(SOURCES / name) for name in (*COMMON, *COMMON_EXACT)),
             *(str(SOURCES / source) for each in VARIANTS.values() for _, source, _ in each),
         ],
         depends=[*map(str, sorted(SOURCES.glob("*.h"))), "setup.py"],

@@ -1,221 +1,214 @@
-"""The Triton kernels against the dense bf16 product of torch, on a GPU: ``python benchmarks/gpu_kernels.py``.
+"""The Triton kernels against the dense bf16 product of torch and the kernels of others, on a GPU.
+
+    python benchmarks/gpu_kernels.py [--minutes 10]
+
+One command; it ends within its minutes. It measures the most important layers first and says at the end, and in the
+result, what was left out. Peers (gpu_peers/) take part where they are installed: vLLM for CUDA brings Marlin, Machete,
+its two Triton kernels and Humming; ``pip install --no-deps -r requirements/gpu_peers.txt`` brings gemlite.
 
 Every contender is captured in a CUDA graph that calls it on one copy of the layer's weights after the other; the copies
 together are several times the L2 cache, as the layers of a model are. The graphs are replayed in turn, so that a
-change of the clock meets all alike. ``packed_bandwidth`` compares the bytes of the packed weights a second with what
-copying memory reaches in the same rounds. Other kernels for real zero-points take part where they are installed
-(gemlite: 2, 4 and 8 bits). Before anything is timed, every contender is held against float64: one that is off is an
-error where it is ours, and left out with its error where it is not.
+change of the clock meets all alike. Before anything is timed, every contender is held against float64: one that is off
+is an error where it is ours, and left out with its error where it is not. A peer that knows integer zero-points only is
+held against the layer with rounded zero-points.
+
+Metrics: ``time`` (median, with the 10th and 90th percentile) against the dense product; ``packed_bandwidth``: the bytes
+of the weights a second as a share of what copying memory reaches in the same rounds; ``error``: rel-L2 against float64.
+Written: ``gpu_kernels.json``, and from it ``gpu_kernels.md`` and ``gpu_kernels.png`` (``--render`` makes these again).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
+import gpu_report
 import torch
-from harness import RESULTS, Record, report, time_alternating
-from torch import Tensor
+from gpu_budget import Budget
+from gpu_capture import Captured, capture
+from gpu_clocks import read_clocks
+from gpu_peers.awq_triton import AWQ_TRITON
+from gpu_peers.contender import Contender, Peer, capability
+from gpu_peers.dense import DENSE
+from gpu_peers.gemlite import GEMLITE
+from gpu_peers.humming import HUMMING
+from gpu_peers.layer import DTYPE, Case, Layer
+from gpu_peers.machete import MACHETE
+from gpu_peers.marlin import MARLIN
+from gpu_peers.neuqi import NEUQI
+from gpu_peers.triton_w4a16 import TRITON_W4A16
+from gpu_shapes import SHAPES, TOKENS, blocks, parse_shape
+from harness import RESULTS, Record, Timing, report, time_alternating
 
-from neuqi_kernels import dispatch, layout, ops
-from neuqi_kernels.spec import GemmSpec
+from neuqi_kernels import dispatch
 
-# Output by input features: Llama-3.1-8B's four products, and a square one that published tables use.
-SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
-DENSE = "torch bf16"
-OURS = "neuqi"
+PEERS: tuple[Peer, ...] = (GEMLITE, HUMMING, MARLIN, MACHETE, TRITON_W4A16, AWQ_TRITON)
+OURS = (DENSE.name, NEUQI.name)
+NAME = "gpu_kernels"
 L2_MULTIPLE = 4
-# A graph holds so many calls that its launch and the wait for it are a small part of it.
-MIN_CALLS = 64
-# rel-L2 in bf16: half a unit in the last place of the result, and of each weight in the products that round them.
-TOLERANCE = 4.8e-3
-SAMPLED_ROWS = 97
+# Replays of all contenders at one number of tokens take about so long; more than 50 tell nothing new.
+SLICE_SECONDS = 1.5
+MIN_REPEATS, MAX_REPEATS = 11, 50
+COPIED_BYTES = 1 << 28
 
-Product = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer of N by K, its format and the number of tokens."""
-
-    n: int
-    k: int
-    bits: int
-    group_size: int
-    tokens: int = 0
-
-    @property
-    def spec(self) -> GemmSpec:
-        return GemmSpec(self.n, self.k, self.bits, self.group_size, "cuda", torch.bfloat16)
-
-    def record(self, contender: str) -> dict[str, str | int | float | bool]:
-        fields = {"n": self.n, "k": self.k, "bits": self.bits, "group_size": self.group_size}
-        return {"contender": contender, **fields, "tokens": self.tokens}
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Codes and parameters of a random layer; real zero-points all over the range of the codes."""
+@dataclass
+class Run:
+    """What a whole run shares: its time, the bytes that copies fill, the peers, what it found and left out."""
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    budget: Budget
+    rotated_bytes: int
+    peers: Sequence[Peer]
+    max_repeats: int = MAX_REPEATS
+    records: list[Record] = field(default_factory=list)
+    # Peer → why it does not take part → in what.
+    absent: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
-    @staticmethod
-    def random(case: Case) -> Layer:
-        generator = torch.Generator("cuda").manual_seed(0)
-        size = (case.n, case.spec.groups)
-        codes = torch.randint(
-            0, 1 << case.bits, (case.n, case.k), dtype=torch.uint8, generator=generator, device="cuda"
-        )
-        scale = torch.rand(size, generator=generator, device="cuda") * 0.02 + 0.01
-        zero = torch.rand(size, generator=generator, device="cuda") * (1 << case.bits)
-        return Layer(codes, scale.half(), zero.half())
+    def leave_out(self, peer: str, what: str, why: str) -> None:
+        cases = self.absent.setdefault(peer, {}).setdefault(why, [])
+        if not cases:
+            print(f"{peer} is left out of {what}: {why}", file=sys.stderr)
+        cases.append(what)
 
-    def error(self, product: Product, x: Tensor) -> float:
-        """rel-L2 of a sample of output features against float64."""
-        rows = torch.randperm(len(self.codes), generator=torch.Generator().manual_seed(1))[
-            :SAMPLED_ROWS
-        ].cuda()
-        codes = self.codes[rows].double().view(len(rows), self.scale.shape[1], -1)
-        weight = (codes - self.zero[rows].double().unsqueeze(-1)) * self.scale[rows].double().unsqueeze(-1)
-        expected = x.double() @ weight.view(len(rows), -1).t()
-        return float((product(x)[:, rows].double() - expected).norm() / expected.norm())
+    def notes(self) -> dict[str, object]:
+        major, minor = capability()
+        return {
+            "architecture": f"sm_{major}{minor}",
+            "left out for lack of time": self.budget.left_out,
+            "absent": self.absent,
+        }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A kernel on copies of one layer's weights, of ``layer_bytes`` each."""
-
-    copies: Sequence[Product]
-    layer_bytes: int
-
-
-def copies_of(tensors: Sequence[Tensor], product: Callable[..., Tensor], rotated_bytes: int) -> Contender:
-    """Bind ``product(x, *tensors)`` to as many copies of the tensors as fill ``rotated_bytes``."""
-    layer_bytes = sum(tensor.nbytes for tensor in tensors)
-    count = max(1, -(-rotated_bytes // layer_bytes))
-    bound: list[Product] = []
-    for index in range(count):
-        copy = [tensor if index == 0 else tensor.clone() for tensor in tensors]
-        bound.append(lambda x, copy=copy: product(x, *copy))
-    return Contender(bound, layer_bytes)
-
-
-def ours(case: Case, layer: Layer, rotated_bytes: int) -> Contender:
-    backend = dispatch.choose(case.spec, only="triton")
-    qweight = layout.pack(layer.codes, case.bits)
-    prepared = backend.prepare(qweight, layer.scale, layer.zero, case.spec)
-
-    def product(x: Tensor, words: Tensor, pairs: Tensor, counters: Tensor) -> Tensor:
-        return torch.ops.neuqi.gemm(
-            x, words, pairs, counters, None, case.n, case.bits, case.group_size, backend.name
-        )
-
-    return copies_of(prepared, product, rotated_bytes)
-
-
-def dense(case: Case, layer: Layer, rotated_bytes: int) -> Contender:
-    grouped = layer.codes.float().view(case.n, case.spec.groups, -1)
-    weight = (grouped - layer.zero.float().unsqueeze(-1)) * layer.scale.float().unsqueeze(-1)
-    return copies_of([weight.view(case.n, case.k).bfloat16()], torch.nn.functional.linear, rotated_bytes)
-
-
-def gemlite(case: Case, layer: Layer, rotated_bytes: int) -> Contender | str:
-    """The peer gemlite, or why it does not take part."""
-    try:
-        from gemlite.core import DType, GemLiteLinearTriton
-    except ImportError as error:
-        return f"not importable: {error}"
-    if case.bits == 3:
-        return "has no kernel for 3 bits"
-    group = case.spec.group
-    bound: list[Product] = []
-    layer_bytes = case.n * case.k * case.bits // 8 + 4 * layer.scale.numel()
-    for _ in range(max(1, -(-rotated_bytes // layer_bytes))):
-        peer = GemLiteLinearTriton(case.bits, group, case.k, case.n, DType.BF16, DType.BF16)
-        peer.pack(layer.codes, layer.scale.bfloat16(), layer.zero.bfloat16(), None)
-        bound.append(peer)
-    return Contender(bound, layer_bytes)
-
-
-PEERS: dict[str, Callable[[Case, Layer, int], Contender | str]] = {"gemlite": gemlite}
-
-
-def contenders_of(case: Case, rotated_bytes: int) -> tuple[Layer, dict[str, Contender]]:
+def contenders_of(run: Run, case: Case) -> dict[str, Contender]:
     """Ours, the dense product and the peers that can run the layer."""
     layer = Layer.random(case)
-    found = {DENSE: dense(case, layer, rotated_bytes), OURS: ours(case, layer, rotated_bytes)}
-    for name, build in PEERS.items():
-        # A peer may fail in ways of its own: it is then left out, by name.
-        try:
-            peer = build(case, layer, rotated_bytes)
-        except Exception as error:
-            peer = f"failed: {error!r}"
-        if isinstance(peer, str):
-            print(f"{name}, {case.bits} bits: {peer}")
-        else:
-            found[name] = peer
-    return layer, found
+    found: dict[str, Contender] = {}
+    for peer in (DENSE, NEUQI, *run.peers):
+        own = peer.name in OURS
+        refusal = peer.refuse(case) or (None if own else run.budget.setup_spent(peer.name))
+        if refusal is not None:
+            if own:
+                raise SystemExit(f"error: expected {peer.name} to run {case}, it refuses: {refusal}.")
+            run.leave_out(peer.name, str(case), refusal)
+            continue
+        with run.budget.setup(peer.name):
+            contender = attempt(
+                run, peer.name, case, lambda peer=peer: peer.build(case, layer, run.rotated_bytes)
+            )
+        if contender is not None:
+            found[peer.name] = contender
+    return found
 
 
-def checked(case: Case, layer: Layer, found: dict[str, Contender], x: Tensor) -> dict[str, Contender]:
-    """The contenders whose product is right."""
-    right = {}
+def attempt(run: Run, name: str, case: Case, action: Callable[[], Result]) -> Result | None:
+    """The result, or None where a peer fails: it may do so in ways of its own, and is then left out by name."""
+    try:
+        return action()
+    except Exception as error:
+        if name in OURS:
+            raise
+        run.leave_out(name, str(case), f"failed: {type(error).__name__}: {error}")
+        return None
+
+
+def captured_of(run: Run, case: Case, found: dict[str, Contender]) -> dict[str, Captured]:
+    """The graphs of the contenders whose product is right."""
+    device = next(iter(found.values())).layer.codes.device
+    generator = torch.Generator(device).manual_seed(case.tokens)
+    x = torch.randn(case.tokens, case.k, generator=generator, device=device).to(DTYPE)
+    graphs = {}
     for name, contender in found.items():
-        error = layer.error(contender.copies[0], x)
-        if error <= TOLERANCE:
-            right[name] = contender
-        elif name in (OURS, DENSE):
-            raise SystemExit(f"expected a rel-L2 of at most {TOLERANCE}, {name} has {error:.3g} in {case}.")
-        else:
-            print(f"{name} is left out of {case}: its rel-L2 against float64 is {error:.3g}")
-    return right
+        spent = None if name in OURS else run.budget.setup_spent(name)
+        if spent is not None:
+            run.leave_out(name, str(case), spent)
+            continue
+        with run.budget.setup(name):
+            captured = attempt(run, name, case, lambda contender=contender: capture(contender, x))
+        if isinstance(captured, str):
+            if name in OURS:
+                raise SystemExit(f"error: expected a right product of {name} in {case}: {captured}.")
+            run.leave_out(name, str(case), captured)
+        elif captured is not None:
+            graphs[name] = captured
+    return graphs
 
 
-def captured(contender: Contender, x: Tensor) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that calls every copy in turn, some times over, and how many calls it holds."""
-    for product in contender.copies[:2]:
-        product(x)
-    torch.cuda.synchronize()
-    rounds = -(-MIN_CALLS // len(contender.copies))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for product in contender.copies:
-                product(x)
-    return graph, rounds * len(contender.copies)
-
-
-def measure(case: Case, layer: Layer, found: dict[str, Contender], repeats: int) -> list[Record]:
+def measure(run: Run, case: Case, found: dict[str, Contender]) -> list[Record]:
     """Time a number of tokens."""
-    generator = torch.Generator("cuda").manual_seed(case.tokens)
-    x = torch.randn(case.tokens, case.k, generator=generator, device="cuda").bfloat16()
-    found = checked(case, layer, found, x)
-    graphs = {name: captured(contender, x) for name, contender in found.items()}
-    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    graphs = captured_of(run, case, found)
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=found[DENSE.name].layer.codes.device)
     target = torch.empty_like(source)
-    replays: dict[str, Callable[[], object]] = {name: graph.replay for name, (graph, _) in graphs.items()}
+    replays: dict[str, Callable[[], object]] = {name: held.graph.replay for name, held in graphs.items()}
+    round_seconds = sum(held.seconds * held.calls for held in graphs.values())
+    repeats = min(run.max_repeats, max(MIN_REPEATS, int(SLICE_SECONDS / round_seconds)))
     timings = time_alternating(
         {**replays, "copy": lambda: target.copy_(source)},
         repeats=repeats,
         warmup=3,
         synchronize=torch.cuda.synchronize,
     )
-    calls = {name: count for name, (_, count) in graphs.items()}
-    copied = 2 * source.nbytes / timings["copy"].median_seconds / 1e9
+    copied = 2 * COPIED_BYTES / timings["copy"].median_seconds / 1e9
+    return records_of(case, found, graphs, timings, copied)
+
+
+def records_of(
+    case: Case,
+    found: dict[str, Contender],
+    graphs: dict[str, Captured],
+    timings: dict[str, Timing],
+    copied: float,
+) -> list[Record]:
+    """``copied``: GB/s that are read and written while copying."""
     records = []
-    for name in found:
-        microseconds = timings[name].median_seconds / calls[name] * 1e6
-        ratio = timings[name].ratio_to(timings[DENSE]) * calls[name] / calls[DENSE]
-        records.append(Record(case.record(name), "time", microseconds, "us", DENSE, ratio))
-    bandwidth = found[OURS].layer_bytes * calls[OURS] / timings[OURS].median_seconds / 1e9
-    share = bandwidth / copied
-    records.append(Record(case.record(OURS), "packed_bandwidth", bandwidth, "GB/s", "copying memory", share))
+    for name, held in graphs.items():
+        fields = case.record(name) | {
+            "zeros": "real" if found[name].layer is found[DENSE.name].layer else "integer"
+        }
+        timing = timings[name]
+        ratio = timing.ratio_to(timings[DENSE.name]) * held.calls / graphs[DENSE.name].calls
+        low, high = percentiles(timing.runs)
+        scale = 1e6 / held.calls
+        records.append(Record(fields, "time", timing.median_seconds * scale, "us", DENSE.name, ratio))
+        records.append(Record(fields, "time_p10", low * scale, "us"))
+        records.append(Record(fields, "time_p90", high * scale, "us"))
+        rate = found[name].layer_bytes * held.calls / timing.median_seconds / 1e9
+        records.append(Record(fields, "packed_bandwidth", rate, "GB/s", "copying memory", rate / copied))
+        records.append(Record(fields, "error", held.error, "rel-L2"))
     return records
+
+
+def percentiles(runs: Sequence[float]) -> tuple[float, float]:
+    """The 10th and the 90th percentile of the runs."""
+    if len(runs) < 2:
+        return runs[0], runs[0]
+    cuts = statistics.quantiles(runs, n=10, method="inclusive")
+    return cuts[0], cuts[-1]
+
+
+def run_block(run: Run, case: Case, tokens: Sequence[int]) -> None:
+    """One layer at all numbers of tokens, as far as the time goes."""
+    size = case.n * case.k / 1e8
+    if not run.budget.fits("layer", size, str(case)):
+        return
+    with run.budget.spend("layer", size):
+        found = contenders_of(run, case)
+    for count in tokens:
+        at = replace(case, tokens=count)
+        if run.budget.fits("measurement", 1, str(at)):
+            with run.budget.spend("measurement", 1):
+                run.records += measure(run, at, found)
+    gpu = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
+    for metric, (value, unit) in read_clocks(f"GPU-{gpu}").items():
+        run.records.append(Record(case.record("GPU"), metric, value, unit))
+    del found
+    torch.cuda.empty_cache()
 
 
 def require_gpu() -> None:
@@ -229,38 +222,53 @@ def require_gpu() -> None:
         raise SystemExit(f"error: expected the triton backend to run, it refuses: {refusal}.")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--group-sizes", type=int, nargs="+", default=[128])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[128, 64, -1], help="-1: the whole row")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument(
-        "--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], help="N x K, as 4096x14336"
+        "--shapes", type=parse_shape, nargs="+", default=list(SHAPES), help="N x K, as 4096x14336"
     )
-    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument(
+        "--peers", nargs="*", default=[peer.name for peer in PEERS], help="by name; none: no peer"
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, few tokens and repeats")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--render", action="store_true", help="make the table and the plot of --out again")
     options = parser.parse_args(arguments)
+    unknown = set(options.peers) - {peer.name for peer in PEERS}
+    if unknown:
+        parser.error(f"expected peers of {[peer.name for peer in PEERS]}, got {sorted(unknown)}")
+    if options.quick:
+        options.shapes, options.tokens, options.group_sizes = [(512, 1024)], [1, 64], options.group_sizes[:1]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    if options.render:
+        return gpu_report.render(options.out / f"{NAME}.json")
+    budget = Budget(60 * options.minutes)
     require_gpu()
-    ops.register()
-    shapes = (
-        [(512, 1024)] if options.quick else [tuple(map(int, shape.split("x"))) for shape in options.shapes]
-    )
-    tokens = (1, 64) if options.quick else options.tokens
-    repeats = 3 if options.quick else options.repeats
     rotated_bytes = L2_MULTIPLE * torch.cuda.get_device_properties(0).L2_cache_size
-    records: list[Record] = []
-    with torch.inference_mode():
-        for bits in options.bits:
-            for group_size in options.group_sizes:
-                for n, k in shapes:
-                    case = Case(n, k, bits, group_size)
-                    layer, found = contenders_of(case, rotated_bytes)
-                    for count in tokens:
-                        records += measure(replace(case, tokens=count), layer, found, repeats)
-    report("gpu_kernels", records, options.out)
+    peers = [peer for peer in PEERS if peer.name in options.peers]
+    run = Run(budget, rotated_bytes, peers, MIN_REPEATS if options.quick else MAX_REPEATS)
+    try:
+        with torch.inference_mode():
+            for case in blocks(options.shapes, options.bits, options.group_sizes):
+                run_block(run, case, options.tokens)
+    finally:
+        # A kernel that breaks the GPU's context ends the run; what was measured before it stays.
+        if run.records:
+            path = report(NAME, run.records, options.out, run.notes())
+            gpu_report.render(path)
+    for line in gpu_report.shortened(budget.left_out):
+        print(f"left out for lack of time: {line}")
+    return None
 
 
 if __name__ == "__main__":

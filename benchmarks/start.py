@@ -151,7 +151,7 @@ def contenders(
     subprocess.run([NEUQI, "quantize", model, "-o", packed, *bits], check=True, stdout=subprocess.DEVNULL)
     name = ["--served-model-name", "m"]
     found = {
-        "on the fly": ([str(NEUQI), "serve", model, *bits, *name], {}, "m"),
+        "on the fly": ([str(NEUQI), "serve", model, *bits, "--no-cache", *name], {}, "m"),
         "packed": ([str(NEUQI), "serve", str(packed), *name], {}, "m"),
         "unquantized": ([str(NEUQI), "serve", model, "--no-quantize", *name], {}, "m"),
     }

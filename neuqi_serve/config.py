@@ -10,6 +10,12 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 SUPPORTED_GROUP_SIZES = (32, 64, 128, -1)
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 WHOLE_ROW = -1
+# Grows with every change after which the same weights give other codes, scales or zero-points: cached weights made
+# with another number are not used.
+ALGORITHM_VERSION = 1
+# How thorough the search is: near the paper's at a fraction of its cost; faster still; the paper's; the baseline.
+PRESETS = ("balanced", "fast", "reference", "minmax")
+DEFAULT_PRESET = PRESETS[0]
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from neuqi_serve.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Environment:
-    """``traceback``: show full tracebacks on the command line (``NEUQI_TRACEBACK``)."""
+    """``traceback``: show full tracebacks on the command line (``NEUQI_TRACEBACK``).
+
+    ``cache_dir``: packed weights of earlier starts (``NEUQI_CACHE_DIR``, else ``$XDG_CACHE_HOME/neuqi``, else
+    ``~/.cache/neuqi``). ``cache_max_bytes``: what they may take together (``NEUQI_CACHE_MAX_GIB``), None for the
+    default.
+    """
 
     traceback: bool = False
+    cache_dir: Path = Path()
+    cache_max_bytes: int | None = None
 
 
 def _flag(name: str) -> bool:
@@ -28,10 +36,35 @@ def _flag(name: str) -> bool:
     raise UsageError(f"{name} must be 0 or 1, got {value!r}. Unset it or give one of these.")
 
 
+def _cache_dir() -> Path:
+    own = os.environ.get("NEUQI_CACHE_DIR", "")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    base = Path(shared) if shared and Path(shared).is_absolute() else Path("~/.cache").expanduser()
+    return base / "neuqi"
+
+
+def _cache_max_bytes() -> int | None:
+    value = os.environ.get("NEUQI_CACHE_MAX_GIB", "").strip()
+    if not value:
+        return None
+    try:
+        gib = float(value)
+        if not 0 <= gib < 1 << 30:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"NEUQI_CACHE_MAX_GIB must be a number of GiB, at least 0, got {value!r}. Unset it or give one."
+        ) from None
+    return int(gib * (1 << 30))
+
+
 def read_environment() -> Environment:
     """Parse the variables of this process.
 
     Raises:
         UsageError: a variable has a value outside its domain.
     """
-    return Environment(traceback=_flag("NEUQI_TRACEBACK"))
+    return Environment(_flag("NEUQI_TRACEBACK"), _cache_dir(), _cache_max_bytes())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,68 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) ->
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# Importance matrices of llama.cpp, written byte by byte from the definition of their two layouts.
+_STRING, _ARRAY, _UINT32, _F32, _ALIGNMENT = 8, 9, 4, 0, 32
+
+
+def write_legacy_imatrix(
+    path: Path, entries: Mapping[str, tuple[int, Sequence[float]]], trailer: bool = True
+) -> Path:
+    """``entries``: name → (calls, mean squares); the file holds the means times the calls."""
+    parts = [struct.pack("<i", len(entries))]
+    for name, (calls, means) in entries.items():
+        encoded = name.encode()
+        parts.append(struct.pack("<i", len(encoded)) + encoded)
+        parts.append(struct.pack("<ii", calls, len(means)))
+        parts.append(struct.pack(f"<{len(means)}f", *(mean * calls for mean in means)))
+    if trailer:
+        parts.append(struct.pack("<ii", 7, 4) + b"text")
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def write_gguf_imatrix(
+    path: Path,
+    entries: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    kind: str = "imatrix",
+    version: int = 3,
+) -> Path:
+    """``entries``: name → (sums of squares, counts); several counts mean as many experts."""
+    tensors: list[tuple[str, tuple[int, ...], Sequence[float]]] = []
+    for name, (sums, counts) in entries.items():
+        tensors.append((f"{name}.in_sum2", (len(sums) // len(counts), len(counts)), sums))
+        tensors.append((f"{name}.counts", (1, len(counts)), counts))
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), 4)
+    head += _string("general.type") + struct.pack("<I", _STRING) + _string(kind)
+    head += _string("imatrix.datasets") + struct.pack("<IIQ", _ARRAY, _STRING, 1) + _string("calibration.txt")
+    head += _string("imatrix.chunk_count") + struct.pack("<II", _UINT32, 45)
+    head += _string("imatrix.chunk_size") + struct.pack("<II", _UINT32, 512)
+    data = b""
+    for name, shape, values in tensors:
+        head += _string(name) + struct.pack("<I", len(shape))
+        head += struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", _F32, len(data))
+        data += _aligned(struct.pack(f"<{len(values)}f", *values))
+    path.write_bytes(_aligned(head) + data)
+    return path
+
+
+def _string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _aligned(content: bytes) -> bytes:
+    return content + b"\0" * (-len(content) % _ALIGNMENT)
+
+
+@pytest.fixture
+def write_legacy() -> Callable[..., Path]:
+    """``write_legacy_imatrix``."""
+    return write_legacy_imatrix
+
+
+@pytest.fixture
+def write_gguf() -> Callable[..., Path]:
+    """``write_gguf_imatrix``."""
+    return write_gguf_imatrix

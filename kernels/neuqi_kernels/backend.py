@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -42,6 +42,14 @@ class Backend(Protocol):
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec
     ) -> torch.Tensor:
         """Return ``Ŵ [N, K]`` in float32, from prepared tensors."""
+
+
+@runtime_checkable
+class CompilesWhenRun(Protocol):
+    """A backend whose kernels are compiled at their first call, which must not happen while a graph is captured."""
+
+    def warm_up(self, prepared: Prepared, spec: GemmSpec, has_bias: bool) -> None:
+        """Compile what ``gemm`` can run for the layer, for any number of tokens; once per kind of layer."""
 
 
 class ReferenceBackend:

@@ -11,6 +11,7 @@ from neuqi_kernels.spec import GemmSpec
 
 # Imported on first use: a backend whose module does not import refuses with that reason.
 _TABLE: tuple[tuple[str, str, str], ...] = (
+    ("humming", "neuqi_kernels.gpu.humming", "HUMMING"),
     ("triton", "neuqi_kernels.gpu.backend", "TRITON"),
     ("cpu_native", "neuqi_kernels.cpu.native", "NATIVE"),
     ("cpu_blocks", "neuqi_kernels.cpu.blocks", "BLOCKS"),

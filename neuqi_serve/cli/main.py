@@ -15,10 +15,16 @@ from neuqi_serve.cli.errors_to_exit import run_to_exit_code
 VERBS = {
     "serve": ("neuqi_serve.cli.serve", "serve a model over an OpenAI-compatible API"),
     "quantize": ("neuqi_serve.cli.quantize", "pack a model's weights to 2, 3, 4 or 8 bits ahead of time"),
+    "importance": (
+        "neuqi_serve.cli.importance",
+        "measure how much each input of a model's layers matters, on a text",
+    ),
+    "cache": ("neuqi_serve.cli.cache", "list, remove or verify what starts of the server have packed"),
     "inspect": (
         "neuqi_serve.cli.inspect",
         "show bits and bytes of a packed checkpoint and check its integrity",
     ),
+    "bench": ("neuqi_serve.cli.bench", "time the GPU kernels, and tune them for the GPU at hand"),
 }
 _EPILOG = """exit codes: 0 ok, 1 other error, 2 usage, 3 does not fit, 4 unsupported model, 5 integrity, 6 port in use
 

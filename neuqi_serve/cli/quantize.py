@@ -10,12 +10,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    SCALE_DTYPES,
+    SUPPORTED_BITS,
+    SUPPORTED_GROUP_SIZES,
+    WeightSpec,
+)
 
 DEMO = "demo"
 _DESCRIPTION = """Pack the linear layers of a model's decoder blocks; embeddings, output head, norms and routers
-stay as they are. Needs no data. Nothing appears at OUT before all of it is written; an
-interrupted run leaves OUT as it was."""
+stay as they are. Needs no data; with --importance, inputs that matter more get the smaller
+errors. Nothing appears at OUT before all of it is written; an interrupted run leaves OUT as
+it was."""
 _EPILOG = """example:
   neuqi quantize demo -o demo-3bit --bits 3 --group-size 64 && neuqi serve demo-3bit"""
 
@@ -58,16 +66,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     search = parser.add_argument_group("search")
     search.add_argument(
-        "--solver",
-        choices=("fast", "reference", "minmax"),
-        default="fast",
-        help="fast: NeUQI; reference: the search of the paper, slower; minmax: round to nearest (default: %(default)s)",
+        "--preset",
+        choices=PRESETS,
+        default=DEFAULT_PRESET,
+        help="balanced: as good as the search of the paper, hundreds of times faster; fast: a little worse, some times "
+        "faster still; reference: the search of the paper; minmax: the baseline (default: %(default)s)",
     )
     search.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="where the search runs; auto is the GPU if there is one (default: %(default)s)",
+    )
+    search.add_argument(
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="mean squares of the layers' inputs: an importance matrix of llama.cpp, or what `neuqi importance` wrote",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace the packed checkpoint at OUT")
@@ -87,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         device = args.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = QuantizationSettings(spec, args.solver, device, args.overwrite)
+        settings = QuantizationSettings(spec, args.preset, device, args.overwrite, importance=args.importance)
         summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, previous)

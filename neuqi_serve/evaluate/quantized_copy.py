@@ -17,7 +17,8 @@ from neuqi_serve.format.quantization_config import is_name_of
 from neuqi_serve.quant.affine import QuantizedWeight, dequantize
 from neuqi_serve.quant.quantize import quantize_weight
 
-Quantizer = Callable[[Tensor, WeightSpec], QuantizedWeight]
+# (weight, spec), and importance=… where there is one.
+Quantizer = Callable[..., QuantizedWeight]
 
 _IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 
@@ -64,11 +65,17 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 # The mode belongs to the calling thread, while solvers work in several: their tensors must be ordinary ones.
 @torch.inference_mode(False)
 @torch.no_grad()
-def quantized_copy(model: Any, spec: WeightSpec, quantize: Quantizer = quantize_weight) -> QuantizedCopy:
+def quantized_copy(
+    model: Any,
+    spec: WeightSpec,
+    quantize: Quantizer = quantize_weight,
+    importance: Mapping[str, Tensor] | None = None,
+) -> QuantizedCopy:
     """Copy a model with each block linear's weight replaced by ``(q − zero)·scale``, in the weight's own dtype.
 
-    Layers whose rows the group size does not divide keep their weights, as in a packed checkpoint. The copy shares
-    every tensor that is not replaced with the original, which stays as it was.
+    ``importance``: layer → h ``[K]``, handed to ``quantize`` for the layers that have one. Layers whose rows the group
+    size does not divide keep their weights, as in a packed checkpoint. The copy shares every tensor that is not
+    replaced with the original, which stays as it was.
 
     Raises:
         UnsupportedModelError: no linear layers to quantize, or stacked expert weights.
@@ -79,7 +86,8 @@ def quantized_copy(model: Any, spec: WeightSpec, quantize: Quantizer = quantize_
     twin = copy.deepcopy(model, shared)
     stored_bits = weights = 0.0
     for name, linear in linears.items():
-        values = dequantize(quantize(linear.weight.detach(), spec), linear.weight.dtype)
+        weighted = {} if importance is None else {"importance": importance.get(name)}
+        values = dequantize(quantize(linear.weight.detach(), spec, **weighted), linear.weight.dtype)
         twin.get_submodule(name).weight = nn.Parameter(values, requires_grad=False)
         stored_bits += spec.bits_per_weight(linear.in_features) * linear.weight.numel()
         weights += linear.weight.numel()

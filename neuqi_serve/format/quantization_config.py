@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neuqi_serve.config import DEFAULT_SKIP, WeightSpec
+from neuqi_serve.config import DEFAULT_PRESET, DEFAULT_SKIP, PRESETS, WeightSpec
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 
 QUANT_METHOD = "neuqi"
@@ -21,6 +21,8 @@ _REQUIRED_KEYS = (
     "modules_to_not_convert",
 )
 _MODULE_KEYS = ("bits", "group_size")
+# Settings that say how to quantize while loading, not what a packed checkpoint holds.
+_ONLINE_KEYS = ("preset",)
 
 
 def is_name_of(name: str, module: str) -> bool:
@@ -33,12 +35,14 @@ class QuantizationRecipe:
     """Which modules of a checkpoint are quantized, and how.
 
     ``spec``: the default. ``modules``: exceptions by name. ``modules_to_not_convert``: names of what stays.
-    A name is a full module name or its trailing components (FORMAT.md, section 2).
+    A name is a full module name or its trailing components (FORMAT.md, section 2). ``preset``: how thorough the search
+    is while loading; a packed checkpoint does not carry it.
     """
 
     spec: WeightSpec = field(default_factory=WeightSpec)
     modules: Mapping[str, WeightSpec] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = DEFAULT_SKIP
+    preset: str = DEFAULT_PRESET
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "quantization_config") -> QuantizationRecipe:
@@ -60,13 +64,18 @@ class QuantizationRecipe:
         Raises:
             UsageError: an unknown key, another method, or a value outside the supported set.
         """
-        _check_keys(settings, (), _REQUIRED_KEYS, where, UsageError)
+        _check_keys(settings, (), (*_REQUIRED_KEYS, *_ONLINE_KEYS), where, UsageError)
         method = settings.get("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise UsageError(
                 f'{where}: expected quant_method "{QUANT_METHOD}", got {method!r}. Correct or omit it.'
             )
-        return _parse(settings, where, UsageError)
+        preset = settings.get("preset", DEFAULT_PRESET)
+        if preset not in PRESETS:
+            raise UsageError(
+                f"{where}: expected a preset among {PRESETS}, got {preset!r}. Try {DEFAULT_PRESET}."
+            )
+        return replace(_parse(settings, where, UsageError), preset=preset)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of format version 1, keys in the order of FORMAT.md."""
@@ -100,8 +109,8 @@ class QuantizationRecipe:
         rename_dict: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> QuantizationRecipe:
         """Return the recipe with every name mapped, e.g. by ``apply_list, apply_dict`` of vLLM's mapper."""
-        return QuantizationRecipe(
-            spec=self.spec,
+        return replace(
+            self,
             modules=rename_dict(dict(self.modules)),
             modules_to_not_convert=tuple(rename_list(list(self.modules_to_not_convert))),
         )

@@ -1,4 +1,4 @@
-"""Progress of a long walk: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress of a long walk: a live bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-LINE_INTERVAL_SECONDS = 10.0
+LINE_INTERVAL_SECONDS = 5.0
 
 
 class Progress:
-    """Counts weights (or bytes) done out of ``total`` and tells ``stream`` about it.
+    """Counts bytes (or weights, tokens) done out of ``total`` and tells ``stream`` about it.
 
-    ``clock`` returns seconds; it is a parameter so that the interval can be tested without waiting.
+    ``steps``: how many calls of ``advance`` there will be, if that is known; ``name`` is what one is called, e.g.
+    ``layer``. ``clock`` returns seconds; it is a parameter so that the interval can be tested without waiting.
     """
 
     def __init__(
-        self, total: int, unit: str, stream: TextIO, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        unit: str,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        steps: int = 0,
+        name: str = "layer",
     ) -> None:
         self._total, self._unit, self._stream, self._clock = total, unit, stream, clock
-        self._done = 0
+        self._steps, self._name = steps, name
+        self._done = self._step = 0
         self._started = self._last_line = clock()
         self._bar = None
         if stream.isatty():
@@ -30,6 +38,9 @@ class Progress:
     def advance(self, amount: int, label: str) -> None:
         """Count ``amount`` more as done; ``label`` names what was just finished."""
         self._done += amount
+        self._step += 1
+        if self._steps:
+            label = f"{self._name} {self._step} of {self._steps}, {label}"
         if self._bar is not None:
             self._bar.set_postfix_str(label, refresh=False)
             self._bar.update(amount)
@@ -37,16 +48,20 @@ class Progress:
         now = self._clock()
         if now - self._last_line >= LINE_INTERVAL_SECONDS:
             self._last_line = now
-            elapsed = now - self._started
-            left = elapsed * (self._total - self._done) / self._done if self._done else 0.0
-            percent = 100 * self._done / self._total if self._total else 100.0
-            print(
-                f"{percent:.0f} % after {elapsed:.0f} s, about {left:.0f} s left: {label}",
-                file=self._stream,
-                flush=True,
-            )
+            line = progress_line(self._done, self._total, now - self._started, self._unit)
+            print(f"{line}: {label}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def progress_line(done: int, total: int, seconds: float, unit: str) -> str:
+    """Return share, time, time left and, for bytes (``unit`` "B"), GB per second."""
+    left = seconds * (total - done) / done if done else 0.0
+    percent = 100 * done / total if total else 100.0
+    line = f"{percent:.0f} % after {seconds:.0f} s, about {left:.0f} s left"
+    if unit == "B" and seconds > 0:
+        line += f", {done / seconds / 1e9:.2f} GB/s"
+    return line

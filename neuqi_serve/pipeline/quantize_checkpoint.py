@@ -1,4 +1,4 @@
-"""Data-free quantization of a model folder into a packed checkpoint, tensor by tensor."""
+"""Quantization of a model folder into a packed checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import DEFAULT_PRESET, PRESETS, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
+from neuqi_serve.format.importance import Importance, read_importance, resolve
 from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
-from neuqi_serve.format.safetensors_file import TensorSpec
+from neuqi_serve.format.safetensors_file import TensorSpec, prefetch_tensor
 from neuqi_serve.format.source import CONFIG_NAME, INDEX_NAME, SourceCheckpoint, open_source
 from neuqi_serve.format.staging import check_destination
 from neuqi_serve.format.writer import (
@@ -28,9 +29,10 @@ from neuqi_serve.format.writer import (
 from neuqi_serve.pipeline.progress import Progress
 from neuqi_serve.pipeline.selection import Selection, natural_order, select_modules
 from neuqi_serve.pipeline.summary import CheckpointSummary, summarize
-from neuqi_serve.quant.quantize import SOLVERS, PackedWeight, quantize_packed
+from neuqi_serve.quant.quantize import PackedWeight, quantize_packed
 
-_ERROR_CHUNK_WEIGHTS = 4 << 20
+# The float32 copies of this many weights stay in a cache of the processor.
+_ERROR_CHUNK_WEIGHTS = 1 << 19
 # Weights in other containers, and what is written anew.
 _NOT_COPIED_SUFFIXES = (
     ".safetensors",
@@ -48,13 +50,17 @@ _NOT_COPIED_NAMES = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME)
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """``solver``: one of ``SOLVERS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``."""
+    """``preset``: one of ``PRESETS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
+
+    ``importance``: a file of ``format.importance``; None weighs all inputs alike.
+    """
 
     spec: WeightSpec
-    solver: str = "fast"
+    preset: str = DEFAULT_PRESET
     device: str = "cpu"
     overwrite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    importance: Path | None = None
 
 
 def quantize_checkpoint(
@@ -65,12 +71,13 @@ def quantize_checkpoint(
 ) -> CheckpointSummary:
     """Pack the linear layers of the decoder blocks of ``source_path`` into the new folder ``destination``.
 
-    Weights are minimized under plain squared error, no calibration data. Memory is bounded by one weight and its
-    packed form, disk by the packed checkpoint. Nothing appears at ``destination`` before all of it is written.
-    Which tensors are packed: ``pipeline.selection``.
+    The squared error of the weights is minimized, weighted by ``settings.importance`` if given. Memory is bounded by
+    one weight and its packed form, disk by the packed checkpoint. Nothing appears at ``destination`` before all of it
+    is written. Which tensors are packed: ``pipeline.selection``.
 
     Raises:
-        UsageError: the destination is taken, the group size fits no layer, an unknown solver or device.
+        UsageError: the destination is taken, the group size fits no layer, an unknown preset or device, an importance
+            file of another model.
         UnsupportedModelError: no model there, or one that cannot be packed.
         IntegrityError: the source is incomplete or damaged, or holds non-finite weights.
         DoesNotFitError: the disk is too small.
@@ -81,12 +88,14 @@ def quantize_checkpoint(
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
     selection = select_modules(source, settings.spec)
+    importance = None if settings.importance is None else read_importance(settings.importance)
+    weights = _importance_values(importance, selection, progress_stream)
     tensors = plan_tensors(source, selection)
     _check_disk(destination, tensors)
     with write_checkpoint(
         destination, tensors, overwrite=settings.overwrite, shard_bytes=settings.shard_bytes
     ) as writer:
-        modules = _write_tensors(source, selection, settings, writer, progress_stream)
+        modules = _write_tensors(source, selection, settings, weights, writer, progress_stream)
         for path in other_files(source_path):
             writer.copy_file(path)
         manifest = writer.finish(
@@ -98,9 +107,25 @@ def quantize_checkpoint(
                 "architecture": source.architecture,
                 "files": {shard.name: shard.stat().st_size for shard in source.shards},
             },
-            quantization={"solver": settings.solver, "importance": "none"},
+            quantization={"preset": settings.preset, "importance": describe_importance(importance)},
         )
     return summarize(manifest, selection.unfit, time.monotonic() - started)
+
+
+def describe_importance(importance: Importance | None) -> str:
+    """Return what a manifest says about the importance: ``none``, or the file's name and SHA-256."""
+    return "none" if importance is None else f"{importance.path.name} sha256:{importance.sha256}"
+
+
+def _importance_values(
+    importance: Importance | None, selection: Selection, stream: TextIO | None
+) -> Mapping[str, Tensor]:
+    if importance is None:
+        return {}
+    found = resolve(importance, {name: columns for name, (_, columns) in selection.modules.items()})
+    for line in found.warnings() if stream is not None else ():
+        print(f"warning: {importance.path.name}: {line}", file=stream, flush=True)
+    return found.values
 
 
 def plan_tensors(source: SourceCheckpoint, selection: Selection) -> dict[str, TensorSpec]:
@@ -135,11 +160,11 @@ def relative_error(weight: Tensor, packed: PackedWeight, spec: WeightSpec) -> fl
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         original = weight[part].float()
-        restored = dequantize(
+        error = dequantize(
             packed.qweight[part], packed.scale[part], packed.zero[part], spec.bits, spec.group_size
-        )
-        squared_error += float((restored - original).double().square().sum())
-        squared_norm += float(original.double().square().sum())
+        ).sub_(original)
+        squared_error += float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
+        squared_norm += float(torch.linalg.vector_norm(original, dtype=torch.float64)) ** 2
     return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
@@ -147,22 +172,30 @@ def _write_tensors(
     source: SourceCheckpoint,
     selection: Selection,
     settings: QuantizationSettings,
+    importance: Mapping[str, Tensor],
     writer: CheckpointWriter,
     progress_stream: TextIO | None,
 ) -> dict[str, PackedModule]:
-    weights = sum(out_features * in_features for out_features, in_features in selection.modules.values())
-    progress = Progress(weights, "weights", progress_stream) if progress_stream is not None else None
+    sizes = {module: source.tensors[f"{module}.weight"].spec.nbytes for module in selection.modules}
+    progress = None
+    if progress_stream is not None:
+        progress = Progress(sum(sizes.values()), "B", progress_stream, steps=len(sizes))
     modules: dict[str, PackedModule] = {}
     try:
-        for name in sorted(source.tensors, key=natural_order):
+        names = sorted(source.tensors, key=natural_order)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            if following is not None:
+                # The disk reads the next tensor while this one is quantized.
+                prefetch_tensor(source.tensors[following])
             module = name.removesuffix(".weight")
             if not name.endswith(".weight") or module not in selection.modules:
                 writer.copy(name, source.tensors[name])
                 continue
-            modules[module] = _write_module(source, selection, settings, writer, module)
+            modules[module] = _write_module(
+                source, selection, settings, importance.get(module), writer, module
+            )
             if progress is not None:
-                out_features, in_features = selection.modules[module]
-                progress.advance(out_features * in_features, module)
+                progress.advance(sizes[module], module)
     finally:
         if progress is not None:
             progress.close()
@@ -173,18 +206,20 @@ def _write_module(
     source: SourceCheckpoint,
     selection: Selection,
     settings: QuantizationSettings,
+    importance: Tensor | None,
     writer: CheckpointWriter,
     module: str,
 ) -> PackedModule:
     weight = source.read(f"{module}.weight").to(settings.device)
-    damaged = int((~weight.isfinite()).sum())
-    if damaged:
+    # Both extremes are NaN if any weight is: one fast pass in place of a mask.
+    if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight)):
+        damaged = int((~weight.isfinite()).sum())
         raise IntegrityError(
             f"expected finite weights in {module}.weight of {source.path}, got {damaged} that are not. "
             "Download the model again."
         )
     planned = _packed_module(source, selection, module)
-    packed = quantize_packed(weight, planned.spec, solver=settings.solver)
+    packed = quantize_packed(weight, planned.spec, importance, preset=settings.preset)
     largest = torch.finfo(packed.scale.dtype).max
     if not packed.scale.abs().max() < largest:
         raise UsageError(
@@ -203,8 +238,8 @@ def _packed_module(source: SourceCheckpoint, selection: Selection, module: str) 
 
 
 def _check_settings(settings: QuantizationSettings) -> None:
-    if settings.solver not in SOLVERS:
-        raise UsageError(f"expected a solver among {SOLVERS}, got {settings.solver!r}. Try fast.")
+    if settings.preset not in PRESETS:
+        raise UsageError(f"expected a preset among {PRESETS}, got {settings.preset!r}. Try {DEFAULT_PRESET}.")
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"expected a device of this machine, got {settings.device!r} without a GPU. Use --device cpu."

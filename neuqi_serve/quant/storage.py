@@ -16,7 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuqi_serve.config import WeightSpec
 from neuqi_serve.quant.affine import AffineParams, max_code
+
+# Squares of larger weights leave float32.
+LARGEST_WEIGHT = 1e18
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ def normalized_importance(importance: Tensor, dim: int) -> Tensor:
     """Importance scaled to mean 1 in every group, float32; a group without any (Σh ≤ 0) gets ones."""
     mean = importance.double().mean(dim, keepdim=True)
     return torch.where(mean > 0, importance.double() / mean, 1.0).float()
+
+
+def storage_dtype(spec: WeightSpec) -> torch.dtype:
+    """Dtype in which scales and zero-points are stored."""
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.scale_dtype]
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +87,9 @@ def stored_loss(tile: Tile, params: AffineParams, bits: int) -> Tensor:
 def refit_zero(tile: Tile, mean: Tensor, params: AffineParams, bits: int, dtype: torch.dtype) -> AffineParams:
     """Stored form of real parameters: the scale rounded, then the zero-point fitted to that scale and rounded.
 
-    At fixed codes the best zero-point is ``mean(q) − mean(w)/s``; ``mean`` is ``tile.mean(tile.weight)``.
+    At fixed codes the best zero-point is ``mean(q) − mean(w)/s``. ``tile`` and ``params`` may be of weights moved by a
+    constant, while ``mean`` is that of the weights as they are: far from 0, the codes of a moved group survive the
+    rounding of the scale, which a zero-point of many codes does not.
     """
     scale = stored_scale(params.scale, dtype)
     codes = torch.addcmul(params.zero, tile.weight, scale.reciprocal())

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from neuqi_serve.config import SCALE_DTYPES, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, WeightSpec
+from neuqi_serve.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    SCALE_DTYPES,
+    SUPPORTED_BITS,
+    SUPPORTED_GROUP_SIZES,
+    WeightSpec,
+)
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server.listen_address import ListenAddress
 
@@ -43,11 +51,22 @@ class OwnOptions:
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
+    preset: str | None = None
+    importance: Path | None = None
+    cache: bool = True
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
         """Take them from parsed arguments."""
-        return cls(args.bits, args.group_size, args.scale_dtype, not args.no_quantize)
+        return cls(
+            args.bits,
+            args.group_size,
+            args.scale_dtype,
+            not args.no_quantize,
+            args.preset,
+            args.importance,
+            not args.no_cache,
+        )
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -65,7 +84,10 @@ class OwnOptions:
 
 @dataclass(frozen=True)
 class EarlyArguments:
-    """What can be read from the command line before vLLM's parser is imported; ``model`` is None if unclear."""
+    """What can be read from the command line before vLLM's parser is imported; ``model`` is None if unclear.
+
+    ``options``: the long names of all options given, without dashes.
+    """
 
     model: str | None
     own: OwnOptions
@@ -74,6 +96,7 @@ class EarlyArguments:
     method: str | None
     headless: bool
     hub_free: bool
+    options: frozenset[str] = frozenset()
 
 
 def add_own_options(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +122,23 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         help=f"storage of scales and zero-points (default: {default.scale_dtype})",
     )
     group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help=f"how thorough the search for scales and zero-points is (default: {DEFAULT_PRESET})",
+    )
+    group.add_argument(
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="mean squares of the layers' inputs: an importance matrix of llama.cpp, or what `neuqi importance` wrote",
+    )
+    group.add_argument(
         "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
+    )
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="quantize while loading, and keep nothing for the next start (default: pack once into the cache)",
     )
 
 
@@ -149,6 +188,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
         method=args.quantization or args.q,
         headless=args.headless,
         hub_free=not any(f"--{option}" in names for option in _HUB_OPTIONS),
+        options=frozenset({"-q": "quantization"}.get(n, n.removeprefix("--")) for n in names if n[:1] == "-"),
     )
 
 
@@ -167,8 +207,12 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         "bits": spec.bits,
         "group_size": spec.group_size,
         "scale_dtype": spec.scale_dtype,
+        "preset": own.preset or DEFAULT_PRESET,
         "online": True,
     }
+    if own.importance is not None:
+        # The engine may run in another folder.
+        settings["importance"] = str(own.importance.resolve())
     users = overrides.get("quantization_config")
     if users is None:
         return {**overrides, "quantization_config": settings}
@@ -179,7 +223,8 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         raise UsageError(
             f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
         )
-    for key, value in (("bits", own.bits), ("group_size", own.group_size), ("scale_dtype", own.scale_dtype)):
+    for key in ("bits", "group_size", "scale_dtype", "preset"):
+        value = getattr(own, key)
         if value is not None and users.get(key, value) != value:
             raise UsageError(
                 f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "

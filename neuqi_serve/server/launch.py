@@ -8,6 +8,7 @@ from typing import Any
 
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server import vllm_start
+from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict
 from neuqi_serve.server.command_line import (
     DEFAULT_HOST,
     DESCRIPTION,
@@ -66,8 +67,10 @@ def serve(arguments: Sequence[str]) -> int:
     # Before anything imports torch or numpy, which read some of these variables.
     apply_environment(vllm_environment(machine, offline))
     model = _check_early(early)
-    with EngineProcesses() as processes:
-        return _start(arguments, early, model, machine, processes)
+    with CachedWeights() as cached, EngineProcesses() as processes:
+        if model is not None:
+            look_into_cache(cached, model, early.own, early.revision, early.options, machine)
+        return _start(arguments, early, model, machine, processes, cached)
 
 
 def _check_early(early: EarlyArguments) -> ServedModel | None:
@@ -78,17 +81,40 @@ def _check_early(early: EarlyArguments) -> ServedModel | None:
     return model
 
 
+def look_into_cache(
+    cached: CachedWeights,
+    model: ServedModel,
+    own: OwnOptions,
+    revision: str | None,
+    options: frozenset[str],
+    machine: Machine,
+) -> None:
+    """Start to look for the packed weights of an unquantized model, if they are wanted and would be the same."""
+    if model.kind != "unquantized" or not own.quantize:
+        return
+    reason = "--no-cache was given" if not own.cache else conflict(model, options)
+    if reason is not None:
+        cached.refuse(reason)
+        return
+    cached.start(
+        Request(model.reference, revision, own.spec(), own.preset, own.importance, machine.runs_on_cpu)
+    )
+
+
 def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> None:
     """Refuse bits and groups that contradict the model.
 
     Raises:
-        UsageError: ``--bits`` or its kin given for a packed or a foreign checkpoint, or with ``--no-quantize``.
+        UsageError: ``--bits`` or its kin given for a packed or a foreign checkpoint, or with ``--no-quantize``; no
+            such importance file.
         UnsupportedModelError: a model that cannot be quantized while it loads.
     """
     asked = {
         "--bits": own.bits,
         "--group-size": own.group_size,
         "--scale-dtype": own.scale_dtype,
+        "--preset": own.preset,
+        "--importance": own.importance,
     }
     given = {option: value for option, value in asked.items() if value is not None}
     if model.kind == "packed" and model.spec is not None:
@@ -97,6 +123,16 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             "--group-size": model.spec.group_size,
             "--scale-dtype": model.spec.scale_dtype,
         }
+        if own.preset is not None:
+            raise UsageError(
+                f"expected no --preset, got {own.preset}: {model.name} is packed, nothing is searched. Leave it "
+                "out, or give the original model to quantize it anew."
+            )
+        if own.importance is not None:
+            raise UsageError(
+                f"expected no --importance, as {model.name} is packed already, got {own.importance}. Leave it out, or "
+                "give the original model to quantize it anew."
+            )
         for option, value in given.items():
             if value != stored[option]:
                 raise UsageError(
@@ -115,6 +151,10 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
                 "give the original model."
             )
     else:
+        if own.importance is not None and not own.importance.is_file():
+            raise UsageError(
+                f"expected an importance file, got {own.importance}, which is none. Check the path."
+            )
         check_on_the_fly(model, own.spec())
 
 
@@ -124,17 +164,22 @@ def _start(
     model: ServedModel | None,
     machine: Machine,
     processes: EngineProcesses,
+    cached: CachedWeights,
 ) -> int:
     vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
     why_spawned = processes.fork() if machine.runs_on_cpu else "vLLM starts it on accelerators"
     args, given = parse(arguments)
     if model is None:
         model = _check_late(args)
+        late = OwnOptions.from_namespace(args)
+        look_into_cache(cached, model, late, args.revision, early.options, machine)
     vllm_start.check_architecture(model.config)
     own = OwnOptions.from_namespace(args)
+    quantized = model.kind == "unquantized" and own.quantize
+    model = cached.model(model)
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
-    _print_summary(machine, model, own, choices, why_spawned)
+    _print_summary(machine, model, own, choices, why_spawned, cached if quantized else None)
     return vllm_start.run(args, processes)
 
 
@@ -190,9 +235,18 @@ def complete(
 
 
 def _print_summary(
-    machine: Machine, model: ServedModel, own: OwnOptions, choices: Sequence[Choice], why_spawned: str | None
+    machine: Machine,
+    model: ServedModel,
+    own: OwnOptions,
+    choices: Sequence[Choice],
+    why_spawned: str | None,
+    cached: CachedWeights | None,
 ) -> None:
     lines = [f"neuqi serve {model.name}: {_weights(model, own)}"]
+    if cached is not None:
+        lines.append(
+            f"cache: {cached.detail}" if cached.reason is None else f"cache not used: {cached.reason}"
+        )
     if machine.runs_on_cpu:
         lines.append(
             f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:"

@@ -17,14 +17,18 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
+from neuqi_serve.format.importance import Importance, read_importance
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
+from neuqi_serve.vllm_plugin.progress import LoadProgress
 
 # A child of vLLM's logger, so that its handler prints our lines in every process.
 logger = init_logger("vllm.neuqi")
 
 ADDITIONAL_CONFIG_KEY = "neuqi"
+# Beside the recipe's keys: a file of format.importance.
+IMPORTANCE_KEY = "importance"
 
 
 class NeuqiConfig(QuantizationConfig):
@@ -35,10 +39,17 @@ class NeuqiConfig(QuantizationConfig):
     128). Both are part of vLLM's compile-cache key, as environment variables are not.
     """
 
-    def __init__(self, recipe: QuantizationRecipe | None = None, online: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: QuantizationRecipe | None = None,
+        online: bool = True,
+        importance: Importance | None = None,
+    ) -> None:
         super().__init__()
         self.recipe = recipe if recipe is not None else QuantizationRecipe()
         self.online = online
+        self.importance = importance
+        self.progress = LoadProgress(silent=not online)
         self._additional_read = False
 
     def __repr__(self) -> str:
@@ -71,13 +82,14 @@ class NeuqiConfig(QuantizationConfig):
         """Build from ``config.json["quantization_config"]`` or its ``--hf-overrides`` twin.
 
         Raises:
-            UsageError: bits, group size or scale dtype outside the supported set.
-            IntegrityError: an unknown format version.
+            UsageError: bits, group size or scale dtype outside the supported set; no such importance file.
+            IntegrityError: an unknown format version, a damaged importance file.
         """
         settings = dict(config)
         online = bool(settings.pop("online", False))
+        importance = _importance_of(settings) if online else None
         recipe = QuantizationRecipe.for_online(settings) if online else QuantizationRecipe.from_dict(settings)
-        return cls(recipe, online=online)
+        return cls(recipe, online=online, importance=importance)
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> NeuqiConfig:
@@ -92,6 +104,8 @@ class NeuqiConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules of the recipe when vLLM names the model's modules differently."""
         self.recipe = self.recipe.renamed(hf_to_vllm_mapper.apply_list, hf_to_vllm_mapper.apply_dict)
+        if self.importance is not None:
+            self.importance = self.importance.renamed(hf_to_vllm_mapper.apply_dict)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
@@ -143,7 +157,9 @@ class NeuqiConfig(QuantizationConfig):
                 else ""
             )
             raise UsageError(f"layer {prefix!r}: {error}{hint}") from error
-        return NeuqiOnlineLinearMethod(self, spec) if self.online else NeuqiPackedLinearMethod(self, spec)
+        if self.online:
+            return NeuqiOnlineLinearMethod(self, spec, self.importance_for(prefix, int(layer.input_size)))
+        return NeuqiPackedLinearMethod(self, spec)
 
     def spec_for(self, prefix: str) -> WeightSpec:
         """Return the spec of the vLLM module ``prefix``.
@@ -161,6 +177,26 @@ class NeuqiConfig(QuantizationConfig):
             )
         return specs[names[0]]
 
+    def importance_for(self, prefix: str, in_features: int) -> torch.Tensor | None:
+        """Return h float32 ``[in_features]`` of the vLLM module ``prefix``, or None: then all inputs weigh alike.
+
+        Raises:
+            UsageError: the file has another length for this layer.
+        """
+        if self.importance is None:
+            return None
+        names = shard_names(prefix, self.packed_modules_mapping)
+        found = (self.importance.of(name, in_features) for name in names)
+        # Shards that are fused read the same input, for which they all give the same.
+        importance = next((values for values in found if values is not None), None)
+        if importance is None:
+            logger.warning_once(
+                "neuqi: %s has no importance for some layers, the first is %s: their inputs weigh alike",
+                self.importance.path,
+                prefix,
+            )
+        return importance
+
     def _read_additional_config(self) -> None:
         if self._additional_read:
             return
@@ -169,4 +205,15 @@ class NeuqiConfig(QuantizationConfig):
         additional = getattr(vllm_config, "additional_config", None) or {}
         settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
         if settings and self.online:
-            self.recipe = QuantizationRecipe.for_online({**self.recipe.to_dict(), **settings})
+            settings = dict(settings)
+            self.importance = _importance_of(settings) or self.importance
+            known = {**self.recipe.to_dict(), "preset": self.recipe.preset}
+            self.recipe = QuantizationRecipe.for_online({**known, **settings})
+
+
+def _importance_of(settings: dict[str, Any]) -> Importance | None:
+    """Take the importance file out of the settings and read it."""
+    path = settings.pop(IMPORTANCE_KEY, None)
+    if path is not None and not isinstance(path, str):
+        raise UsageError(f'expected "{IMPORTANCE_KEY}" to be the name of a file, got {path!r}. Correct it.')
+    return None if path is None else read_importance(Path(path))

@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import (
 )
 
 from neuqi_kernels import dispatch, ops
+from neuqi_kernels.backend import CompilesWhenRun
 from neuqi_kernels.spec import GemmSpec
 from neuqi_serve.config import WHOLE_ROW, WeightSpec
 from neuqi_serve.errors import IntegrityError
@@ -108,10 +109,15 @@ class _NeuqiLinearMethod(LinearMethodBase):
         self.record.finished_at = time.perf_counter()
         layer.neuqi_record = self.record
         setattr(layer, _DONE, True)
+        if isinstance(backend, CompilesWhenRun):
+            # Now, as a kernel that compiles while a CUDA graph is captured breaks the capture. A layer with a bias runs
+            # without it too, where another rank adds it.
+            for has_bias in {getattr(layer, "bias", None) is not None, False}:
+                backend.warm_up(prepared, spec, has_bias)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x [..., K] · Ŵᵀ + bias`` as ``[..., N]`` in the dtype of ``x``."""
-        return torch.ops.neuqi.gemm(
+        return ops.gemm(
             x,
             layer.qweight,
             layer.scale,
@@ -169,6 +175,7 @@ class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
         for name in ("scale", "zero"):
             loader = self._noting(name, extra["weight_loader"])
             layer.register_parameter(name, self._scale_parameter(k, loader))
+        self.config.progress.expect(self.record.original_bytes)
 
     def _scale_parameter(self, k: int, loader: Callable[..., Any]) -> BasevLLMParameter:
         # Not-a-number until loaded, so that a part that never arrives cannot pass for data.
@@ -197,6 +204,7 @@ class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
                     "damaged or incomplete: run `neuqi inspect --verify` on it, or write it again."
                 )
         self._install(layer, layer.qweight.data, layer.scale.data, layer.zero.data)
+        self.config.progress.finish(self.record.original_bytes)
 
 
 @register_weight_loader_v2_supported_method
@@ -205,6 +213,10 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
 
     source = "on-the-fly"
     uses_meta_device = True
+
+    def __init__(self, config: NeuqiConfig, spec: WeightSpec, importance: torch.Tensor | None = None) -> None:
+        super().__init__(config, spec)
+        self.importance = importance
 
     def create_weights(
         self,
@@ -219,6 +231,9 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
         """Register the weight on the meta device, where it costs nothing, and let vLLM defer its loading."""
         k = input_size_per_partition
         self._begin(layer, k, output_partition_sizes, params_dtype)
+        if self.importance is not None and k != input_size:
+            # A row-parallel layer sees its rank's inputs only.
+            self.importance = self.importance.narrow(0, layer.tp_rank * k, k)
         weight = ModelWeightParameter(
             data=torch.empty(self.n, k, device="meta", dtype=params_dtype),
             input_dim=1,
@@ -226,6 +241,7 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
             weight_loader=self._noting("weight", extra["weight_loader"]),
         )
         layer.register_parameter("weight", weight)
+        self.config.progress.expect(self.record.original_bytes)
         compat.initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -238,10 +254,14 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
         if getattr(layer, _DONE, False):
             return
         self._check_arrived(layer, ("weight",))
+        self.config.progress.begin()
         started = time.perf_counter()
-        packed = quantize_packed(layer.weight.data, self.spec)
+        packed = quantize_packed(
+            layer.weight.data, self.spec, self.importance, preset=self.config.recipe.preset
+        )
         self.record.quantize_seconds += time.perf_counter() - started
         self._install(layer, packed.qweight, packed.scale, packed.zero)
+        self.config.progress.finish(self.record.original_bytes)
 
 
 def _name(layer: Any) -> str:

@@ -32,11 +32,12 @@ def test_quick_run_measures_decode_and_prefill(cpu_kernels, tmp_path, capsys):
     by_metric = {}
     for record in records:
         by_metric.setdefault(record["metric"], []).append(record)
-    assert set(by_metric) == {"read_bandwidth", "packed_bandwidth", "time", "prefill_rate"}
-    assert [record["case"]["tokens"] for record in by_metric["packed_bandwidth"]] == [1, 4, 8]
+    decode = {"read_bandwidth", "packed_bandwidth", "read_bandwidth_ratio", "time", "repack_rate_core"}
+    assert set(by_metric) == {*decode, "prefill_rate", "prefill_ratio_bf16"}
+    assert [record["case"]["tokens"] for record in by_metric["read_bandwidth_ratio"]] == [1, 4, 8]
     assert all(record["value"] > 0 for record in records)
     assert by_metric["time"][0]["ratio"] == 1.0
-    assert {record["reference"] for record in by_metric["prefill_rate"]} == {"torch bf16 linear"}
+    assert {record["reference"] for record in by_metric["prefill_ratio_bf16"]} == {"torch bf16 linear"}
 
 
 def test_a_wrong_result_is_never_timed(cpu_kernels, tmp_path, monkeypatch):

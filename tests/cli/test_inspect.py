@@ -14,7 +14,7 @@ from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quant
 
 @pytest.fixture
 def packed(write_llama: Callable[..., Path], tmp_path: Path) -> Path:
-    settings = QuantizationSettings(WeightSpec(3, 32), solver="minmax")
+    settings = QuantizationSettings(WeightSpec(3, 32), preset="minmax")
     quantize_checkpoint(write_llama(), tmp_path / "packed", settings)
     return tmp_path / "packed"
 

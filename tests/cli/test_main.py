@@ -19,7 +19,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     for verb in VERBS:
-        assert re.search(rf"^    {verb} ", done.stdout, re.MULTILINE)
+        assert re.search(rf"^    {verb}\s", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("verb", ["quantize", "inspect"])

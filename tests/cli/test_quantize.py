@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from neuqi_serve.cli.main import main
 from neuqi_serve.format.reader import open_checkpoint
 
-FAST = ["--group-size", "32", "--solver", "minmax", "--device", "cpu"]
+FAST = ["--group-size", "32", "--preset", "minmax", "--device", "cpu"]
 
 
 def test_quantize_writes_a_checkpoint_and_prints_a_table(
@@ -31,12 +31,12 @@ def test_quantize_writes_a_checkpoint_and_prints_a_table(
 
 
 def test_options_reach_the_checkpoint(write_llama: Callable[..., Path], tmp_path: Path) -> None:
-    options = ["--bits", "2", "--group-size", "-1", "--scale-dtype", "float32", "--solver", "minmax"]
+    options = ["--bits", "2", "--group-size", "-1", "--scale-dtype", "float32", "--preset", "minmax"]
     assert main(["quantize", str(write_llama()), "-o", str(tmp_path / "out"), *options]) == 0
     checkpoint = open_checkpoint(tmp_path / "out")
     spec = checkpoint.recipe.spec
     assert (spec.bits, spec.group_size, spec.scale_dtype) == (2, -1, "float32")
-    assert checkpoint.manifest.quantization["solver"] == "minmax"
+    assert checkpoint.manifest.quantization["preset"] == "minmax"
 
 
 def test_json_summary_is_all_of_stdout(
@@ -69,7 +69,7 @@ def test_overwrite_is_asked_for(write_llama: Callable[..., Path], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "option", [["--bits", "5"], ["--group-size", "100"], ["--solver", "x"], ["--bits", "three"]]
+    "option", [["--bits", "5"], ["--group-size", "100"], ["--preset", "x"], ["--bits", "three"]]
 )
 def test_value_outside_the_set_is_a_usage_error(
     write_llama: Callable[..., Path], tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture[str]
@@ -166,7 +166,7 @@ def test_automatic_device_without_a_gpu_is_the_processor(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     source = str(write_llama())
     assert (
-        main(["quantize", source, "-o", str(tmp_path / "out"), "--group-size", "32", "--solver", "minmax"])
+        main(["quantize", source, "-o", str(tmp_path / "out"), "--group-size", "32", "--preset", "minmax"])
         == 0
     )
     command = ["quantize", source, "-o", str(tmp_path / "gpu"), "--group-size", "32", "--device", "cuda"]

@@ -18,7 +18,7 @@ BLOCK_LINEARS = {
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     )
 }  # fmt: skip
-minmax = partial(quantize_weight, solver="minmax")
+minmax = partial(quantize_weight, preset="minmax")
 
 
 def test_block_linears_are_those_of_the_blocks(tiny_llama):

@@ -90,8 +90,19 @@ def test_online_recipe_takes_a_serialised_recipe_with_changes() -> None:
     assert QuantizationRecipe.for_online({**recipe.to_dict(), "bits": 2}).spec.bits == 2
 
 
+def test_the_preset_is_a_setting_for_quantizing_while_loading_only() -> None:
+    recipe = QuantizationRecipe.for_online({"preset": "fast"})
+    assert recipe.preset == "fast"
+    assert recipe.renamed(list, dict).preset == "fast"
+    assert QuantizationRecipe.for_online({}).preset == "balanced"
+    assert "preset" not in recipe.to_dict()
+    with pytest.raises(IntegrityError, match="preset"):
+        QuantizationRecipe.from_dict(valid(preset="fast"))
+
+
 @pytest.mark.parametrize(
-    "settings", [{"bits": 7}, {"group": 64}, {"quant_method": "awq"}, {"group_size": None}]
+    "settings",
+    [{"bits": 7}, {"group": 64}, {"quant_method": "awq"}, {"group_size": None}, {"preset": "best"}],
 )
 def test_online_recipe_rejects(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"expected|must be"):

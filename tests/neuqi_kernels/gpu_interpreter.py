@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,12 +127,19 @@ def poison_empty() -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Run the case of a request; the result says how far off it is and whether it left its counters at zero."""
+    """Do what a request asks for: its ``task`` is a function of this module, a product without one."""
+    return globals()[request.pop("task", "product")](request)
+
+
+def product(request: dict[str, Any]) -> dict[str, Any]:
+    """Run a case; the result says how far off it is and whether it left its counters at zero."""
     import gpu_cases as cases
 
+    from neuqi_kernels.gpu import launch
     from neuqi_kernels.gpu.plan import target_of
 
     request_again = request.pop("repeat", False)
+    launch._PARTIAL_ELEMENTS = request.pop("partial_elements", 1 << 25)
     case = cases.Case(**request)
     target = replace(target_of(torch.device("cpu")), inline_asm=case.asm)
     layer = cases.make_layer(case)
@@ -148,6 +156,91 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         result["same_bits_again"] = torch.equal(y.view(torch.int16), again.view(torch.int16))
         result["same_bits_among_few"] = torch.equal(y[:5].view(torch.int16), few.view(torch.int16))
     return result
+
+
+def experts(request: dict[str, Any]) -> dict[str, Any]:
+    """Run a case of experts."""
+    import gpu_cases as cases
+
+    y, expected = cases.moe_multiply(cases.MoeCase(**request))
+    return {"error": cases.relative_error(y, expected)}
+
+
+def repack(request: dict[str, Any]) -> dict[str, Any]:
+    """Repack random words, of several experts where ``experts`` is above 0, with the kernel and with its slow twin."""
+    from neuqi_kernels import layout
+    from neuqi_kernels.gpu import launch, planar
+
+    n, k, bits, count = (request[name] for name in ("n", "k", "bits", "experts"))
+    shape = (count, n) if count else (n,)
+    codes = torch.randint(0, 1 << bits, (max(1, count) * n, k), dtype=torch.uint8)
+    qweight = layout.pack(codes, bits).view(*shape, -1)
+    words = launch.to_planar(qweight, bits)
+    return {"equal": torch.equal(words, planar.to_planar(qweight, bits)), "shape": list(words.shape)}
+
+
+def tune(request: dict[str, Any]) -> dict[str, Any]:
+    """Tune a layer with a timer that prefers many stages, then few parts of K; return the table and what was said.
+
+    ``broken``: plans of four stages, the fastest, give a product that is off.
+    """
+    import tempfile
+
+    from neuqi_kernels.gpu import launch, tuning_table
+    from neuqi_kernels.gpu import tune as tuner
+
+    multiply = launch.gemm
+
+    def off(chosen: Any, *tensors: Any) -> torch.Tensor:
+        y = multiply(chosen, *tensors)
+        return y * 1.01 if chosen.stages == 4 else y
+
+    def timer(contenders: Any) -> dict[Any, float]:
+        return {
+            plan: (10.0 - plan.stages + 0.1 * plan.split_k if plan.kernel != "dequant" else 100.0)
+            for plan in contenders
+        }
+
+    log: list[str] = []
+    shape = tuner.Shape(*(request[name] for name in ("bits", "group_size", "n", "k")))
+    device = torch.device("cpu")
+    launch.gemm = off if request["broken"] else multiply
+    try:
+        entries = tuner.tune([shape], request["tokens"], timer, device, rotated_bytes=1, report=log.append)
+    finally:
+        launch.gemm = multiply
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "interpreter.json"
+        tuning_table.write(path, "interpreter", tuner.provenance(device, entries))
+        return {"table": json.loads(path.read_text()), "log": log}
+
+
+def warm_up(request: dict[str, Any]) -> dict[str, Any]:
+    """Warm up layers one after the other; return the kernels and tokens that ran for each."""
+    import gpu_cases as cases
+
+    from neuqi_kernels.gpu import launch
+    from neuqi_kernels.gpu.backend import TRITON
+
+    multiply = launch.gemm
+    ran: list[Any] = []
+
+    def noting(chosen: Any, target: Any, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
+        ran.append([chosen.kernel, chosen.block_m, x.shape[0], tensors[3] is not None])
+        return multiply(chosen, target, x, *tensors)
+
+    launch.gemm = noting
+    try:
+        steps = []
+        for fields in request["layers"]:
+            layer = cases.make_layer(cases.Case(m=1, **fields))
+            prepared = TRITON.prepare(layer.qweight, layer.scale, layer.zero, layer.spec)
+            TRITON.warm_up(prepared, layer.spec, layer.bias is not None)
+            steps.append(list(ran))
+            ran.clear()
+    finally:
+        launch.gemm = multiply
+    return {"steps": steps}
 
 
 if __name__ == "__main__":

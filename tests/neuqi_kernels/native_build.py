@@ -30,7 +30,7 @@ def build(
     variants = [
         variant
         for variant in setup["VARIANTS"][architecture]
-        if setup["compiles"]([compiler], setup["PROBE"], variant[2])
+        if variant[1].startswith("gemm_") and setup["compiles"]([compiler], setup["PROBE"], variant[2])
     ]
     macros = [f"-D{macro}" for macro, _, _ in variants]
     # The longest first.

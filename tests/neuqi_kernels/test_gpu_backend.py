@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from neuqi_kernels import layout, reference
+from neuqi_kernels import dispatch, layout, reference
+from neuqi_kernels.backend import REFERENCE, CompilesWhenRun
 from neuqi_kernels.gpu.backend import TRITON
 from neuqi_kernels.spec import GemmSpec
 
@@ -55,6 +56,12 @@ def test_refuse_old_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert (TRITON.refuse(LAYER) is None) == taken
+
+
+def test_only_backends_that_compile_when_run_are_warmed_up() -> None:
+    assert isinstance(TRITON, CompilesWhenRun)
+    assert not isinstance(REFERENCE, CompilesWhenRun)
+    assert not isinstance(dispatch.find("cpu_blocks"), CompilesWhenRun)
 
 
 def test_importing_the_backend_does_not_import_triton() -> None:

@@ -33,5 +33,8 @@ def test_on_a_gpu_it_records_every_case(tmp_path: Path) -> None:
     done = start("--quick", "--bits", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "gpu_kernels.json").read_text())["records"]
+    records = [record for record in records if record["case"]["contender"] == "neuqi"]
     assert {record["case"]["tokens"] for record in records} == {1, 64}
-    assert {record["metric"] for record in records} == {"time", "packed_bandwidth"}
+    metrics = {"time", "time_p10", "time_p90", "packed_bandwidth", "error"}
+    assert {record["metric"] for record in records} == metrics
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}

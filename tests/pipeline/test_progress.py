@@ -10,18 +10,27 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_line_every_ten_seconds() -> None:
+def test_plain_line_every_few_seconds() -> None:
     now, stream = [0.0], io.StringIO()
     progress = Progress(100, "weights", stream, lambda: now[0])
-    for step in range(25):
+    for step in range(13):
         now[0] = step + 1.0
         progress.advance(4, f"layer {step}")
     progress.close()
     lines = stream.getvalue().splitlines()
     assert lines == [
+        "20 % after 5 s, about 20 s left: layer 4",
         "40 % after 10 s, about 15 s left: layer 9",
-        "80 % after 20 s, about 5 s left: layer 19",
     ]
+
+
+def test_bytes_have_a_rate_and_known_steps_are_counted() -> None:
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(8 * 10**9, "B", stream, lambda: now[0], steps=4)
+    progress.advance(2 * 10**9, "a")
+    now[0] = 8.0
+    progress.advance(2 * 10**9, "b")
+    assert stream.getvalue() == "50 % after 8 s, about 8 s left, 0.50 GB/s: layer 2 of 4, b\n"
 
 
 def test_nothing_to_do_is_complete() -> None:

@@ -29,24 +29,24 @@ FIRST_UP, UP = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
 
 def settings(bits: int = 3, group_size: int = 32, **changes: Any) -> QuantizationSettings:
     scale_dtype = changes.pop("scale_dtype", "float16")
-    return QuantizationSettings(WeightSpec(bits, group_size, scale_dtype), **{"solver": "minmax", **changes})
+    return QuantizationSettings(WeightSpec(bits, group_size, scale_dtype), **{"preset": "minmax", **changes})
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("shards", "solver"), [(1, "fast"), (3, "minmax")])
+@pytest.mark.parametrize(("shards", "preset"), [(1, "balanced"), (3, "minmax")])
 def test_packed_checkpoint_holds_what_the_quantizer_gives(
-    write_llama: Callable[..., Path], tmp_path: Path, shards: int, solver: str
+    write_llama: Callable[..., Path], tmp_path: Path, shards: int, preset: str
 ) -> None:
     source = write_llama(layers=1, shards=shards)
-    quantize_checkpoint(source, tmp_path / "out", settings(solver=solver))
+    quantize_checkpoint(source, tmp_path / "out", settings(preset=preset))
     checkpoint = open_checkpoint(tmp_path / "out")
     checkpoint.verify()
     original = all_tensors(source)
     packed = checkpoint.read_module(FIRST_UP)
-    expected = quantize_weight(original[f"{FIRST_UP}.weight"], WeightSpec(3, 32), solver=solver)
+    expected = quantize_weight(original[f"{FIRST_UP}.weight"], WeightSpec(3, 32), preset=preset)
     assert torch.equal(packed.scale, expected.scale)
     assert torch.equal(packed.zero, expected.zero)
     restored = dequantize(packed.qweight, packed.scale, packed.zero, 3, 32)
@@ -180,7 +180,7 @@ def test_summary_counts_every_byte(write_llama: Callable[..., Path], tmp_path: P
 def test_relative_error_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(17, 64, generator=torch.Generator().manual_seed(0))
     spec = WeightSpec(2, 32)
-    packed = quantize_packed(weight, spec, solver="minmax")
+    packed = quantize_packed(weight, spec, preset="minmax")
     restored = dequantize(packed.qweight, packed.scale, packed.zero, 2, 32)
     expected = float((restored - weight).norm() / weight.norm())
     assert relative_error(weight, packed, spec) == pytest.approx(expected)
@@ -190,7 +190,7 @@ def test_relative_error_does_not_depend_on_the_chunks(monkeypatch: pytest.Monkey
 
 def test_relative_error_of_zeros_is_zero() -> None:
     weight, spec = torch.zeros(3, 32), WeightSpec(2, 32)
-    assert relative_error(weight, quantize_packed(weight, spec, solver="minmax"), spec) == 0.0
+    assert relative_error(weight, quantize_packed(weight, spec, preset="minmax"), spec) == 0.0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
@@ -271,7 +271,7 @@ def test_full_disk_is_told_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("change", "part"), [({"solver": "best"}, "solver"), ({"device": "cuda"}, "--device cpu")]
+    ("change", "part"), [({"preset": "best"}, "preset"), ({"device": "cuda"}, "--device cpu")]
 )
 def test_unusable_setting_is_an_error(
     write_llama: Callable[..., Path],
@@ -291,7 +291,7 @@ def test_search_on_a_gpu_gives_as_good_a_checkpoint(write_llama: Callable[..., P
     source = write_llama(layers=1)
     errors = []
     for device in ("cpu", "cuda"):
-        quantize_checkpoint(source, tmp_path / device, settings(solver="fast", device=device))
+        quantize_checkpoint(source, tmp_path / device, settings(preset="balanced", device=device))
         checkpoint = open_checkpoint(tmp_path / device)
         checkpoint.verify()
         errors.append(checkpoint.manifest.modules[FIRST_UP].relative_error)

@@ -4,10 +4,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neuqi_kernels.layout import pack
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import PRESETS, WeightSpec
 from neuqi_serve.errors import UsageError
 from neuqi_serve.quant.affine import AffineParams, dequantize, quantize
-from neuqi_serve.quant.quantize import SOLVERS, quantize_packed, quantize_weight
+from neuqi_serve.quant.quantize import quantize_packed, quantize_weight
 
 # The winner is picked by losses summed in float32; the test sums in float64.
 FLOAT32_SUMS = 1e-5
@@ -28,13 +28,13 @@ def same(ours, theirs):
     return all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in vars(ours))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
     "spec", [WeightSpec(3, 32), WeightSpec(2, -1, "bfloat16"), WeightSpec(8, 64, "float32")]
 )
-def test_codes_are_those_of_the_stored_parameters(solver, spec):
+def test_codes_are_those_of_the_stored_parameters(preset, spec):
     weight = normal(3, 192)
-    found = quantize_weight(weight, spec, solver=solver)
+    found = quantize_weight(weight, spec, preset=preset)
     assert found.scale.shape == found.zero.shape == (3, spec.groups(192))
     assert found.scale.dtype == found.zero.dtype == getattr(torch, spec.scale_dtype)
     assert torch.equal(found.codes, quantize(weight, AffineParams(found.scale, found.zero), spec.bits))
@@ -69,17 +69,17 @@ def test_any_group_is_stored_finite_and_no_worse_than_min_max(values, bits, dtyp
     assert (found.scale > 0).all()
     best, plain = (
         losses(weight, found),
-        losses(weight, quantize_weight(weight, spec, solver="minmax")),
+        losses(weight, quantize_weight(weight, spec, preset="minmax")),
     )
     # Squares below float32's range vanish in the choice.
     assert (best <= plain * (1 + FLOAT32_SUMS) + 1e-36).all()
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_constant_groups_are_exact(solver, group_size):
+def test_constant_groups_are_exact(preset, group_size):
     weight = torch.tensor([3.0, -0.02, 0.0, 1e-3]).half().unsqueeze(1).repeat(1, 320)
-    found = quantize_weight(weight, WeightSpec(2, group_size), solver=solver)
+    found = quantize_weight(weight, WeightSpec(2, group_size), preset=preset)
     assert torch.equal(dequantize(found).half(), weight)
     assert found.scale[2].unique().tolist() == [1.0]
     assert found.zero[2].unique().tolist() == [0.0]
@@ -184,9 +184,9 @@ def test_something_else_than_a_weight_matrix_is_refused(weight):
         quantize_weight(weight, WeightSpec(4, 32))
 
 
-def test_an_unknown_solver_is_refused():
-    with pytest.raises(UsageError, match="solver must be one of"):
-        quantize_packed(normal(1, 64), WeightSpec(4, 32), solver="best")
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(UsageError, match="preset must be one of"):
+        quantize_packed(normal(1, 64), WeightSpec(4, 32), preset="best")
 
 
 @pytest.mark.parametrize(

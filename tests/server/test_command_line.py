@@ -60,8 +60,24 @@ def test_settings_are_merged_into_the_users_overrides() -> None:
         "bits": 3,
         "group_size": 64,
         "scale_dtype": "float16",
+        "preset": "balanced",
         "online": True,
     }
+
+
+def test_the_preset_travels_with_the_settings() -> None:
+    early = read_early(["m", "--preset", "fast"])
+    assert merged_overrides({}, early.own)["quantization_config"]["preset"] == "fast"
+    given = {"quantization_config": {"preset": "fast"}}
+    assert merged_overrides(given, OwnOptions())["quantization_config"]["preset"] == "fast"
+    with pytest.raises(UsageError, match="expected one preset, got reference from --preset and fast"):
+        merged_overrides(given, OwnOptions(preset="reference"))
+
+
+def test_an_unknown_preset_ends_with_the_usage_code() -> None:
+    with pytest.raises(SystemExit) as request:
+        read_early(["m", "--preset", "best"])
+    assert request.value.code == 2
 
 
 def test_overrides_of_the_user_win_over_defaults() -> None:

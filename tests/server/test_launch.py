@@ -55,12 +55,24 @@ def test_a_packed_model_accepts_what_it_is(own: OwnOptions) -> None:
         (OwnOptions(bits=4), "expected --bits 3, as p is packed, got 4"),
         (OwnOptions(group_size=128), "expected --group-size 64"),
         (OwnOptions(scale_dtype="float32"), "expected --scale-dtype float16"),
+        (OwnOptions(preset="fast"), "expected no --preset, got fast"),
         (OwnOptions(quantize=False), "which is packed"),
     ],
 )
 def test_a_packed_model_refuses_what_contradicts_it(own: OwnOptions, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_settings(_packed(), own, None)
+
+
+def test_importance_needs_a_file_and_an_unquantized_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected an importance file, got .*absent"):
+        check_settings(_plain(), OwnOptions(group_size=64, importance=tmp_path / "absent"), None)
+    (tmp_path / "h").touch()
+    check_settings(_plain(), OwnOptions(group_size=64, importance=tmp_path / "h"), None)
+    with pytest.raises(UsageError, match="expected no --importance, as p is packed"):
+        check_settings(_packed(), OwnOptions(importance=tmp_path / "h"), None)
+    with pytest.raises(UsageError, match="expected no --importance with"):
+        check_settings(_plain(), OwnOptions(quantize=False, importance=tmp_path / "h"), None)
 
 
 def test_a_foreign_model_is_served_as_it_is_and_refuses_bits() -> None:

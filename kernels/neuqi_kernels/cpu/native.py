@@ -120,7 +120,7 @@ class NativeBackend:
         if isinstance(loaded, str):
             raise ValueError(f"expected a usable backend, cpu_native refuses: {loaded}. Choose another.")
         library, isa = loaded
-        *batch, k = x.shape
+        k = x.shape[-1]
         shape, group, kind, scale_kind = _call_plan(n, k, bits, group_size, x.dtype, scale.dtype)
         # The library trusts its pointers: a wrong shape must not reach it.
         if qweight.shape != shape or not qweight.is_contiguous():
@@ -130,7 +130,7 @@ class NativeBackend:
             )
         bias_pointer, bias_kind = (None, 0) if bias is None else _bias(bias, n)
         x = x.contiguous()
-        y = torch.empty((*batch, n), dtype=x.dtype)
+        y = x.new_empty((*x.shape[:-1], n))
         failed = library.neuqi_cpu_gemm(
             isa,
             x.data_ptr(),

@@ -18,10 +18,11 @@ inline void quads_of_words(const uint32_t* words, uint32_t (&quads)[kQuads]) {
     const int bit = 4 * B * quad;
     uint64_t both = words[bit / 32];
     if (bit % 32 + 4 * B > 32) both |= uint64_t(words[bit / 32 + 1]) << 32;
+    // Four neighbours of B bits become two of 16 bits, and these four bytes.
+    constexpr uint32_t kOne = (1u << B) - 1, kTwo = (1u << 2 * B) - 1, kInHalves = kOne | kOne << 16;
     const uint32_t four = uint32_t(both >> bit % 32);
-    uint32_t spread = 0;
-#pragma GCC unroll 4
-    for (int byte = 0; byte < 4; ++byte) spread |= (four >> B * byte & ((1u << B) - 1)) << 8 * byte;
+    const uint32_t halves = (four & kTwo) | (four >> 2 * B & kTwo) << 16;
+    const uint32_t spread = (halves & kInHalves) | (halves >> B & kInHalves) << 8;
     quads[quad] = spread;
   }
 }

@@ -22,9 +22,7 @@ constexpr int64_t kLeastChunkTokens = 126;
 // Input features that one preparation task covers at least.
 constexpr int64_t kPrepareFeatures = 1024;
 // Tokens whose sums are in the first-level cache while a strip of weights passes by.
-constexpr int kBatchTokens = 126;
-// Up to this many tokens the codes are unpacked in registers, more share codes unpacked in memory.
-constexpr int kMostPackedRows = 4;
+constexpr int kBatchTokens = 24;
 // Rounds of waiting for another thread's preparation before the core is offered to it.
 constexpr int kMostSpins = 2000;
 // Threads that may have a range of the work of their own; more share these.
@@ -101,59 +99,32 @@ inline void prepare_task(Job& job, int64_t task) {
 }
 
 template <class O, int B, int P, int R>
-void packed_vectors(const Position& position, const uint8_t* codes, int64_t blocks, const uint8_t* header, int vectors,
+void multiply_vectors(const Position& position, const uint8_t* codes, int64_t blocks, const uint8_t* header, int vectors,
                     int kind, const Activations& x, int64_t rows, float* y) {
-  constexpr int T = O::packed_vectors(R, P);
+  constexpr int T = O::vectors(R, P);
   int v = 0;
   for (; v + T <= vectors; v += T)
-    multiply_packed<O, B, P, R, T>(position, codes + v * 4 * O::kLanes, blocks, header, v, kind, x, rows,
+    multiply<O, B, P, R, T>(position, codes + v * 4 * O::kLanes, blocks, header, v, kind, x, rows,
                                    y + v * rows * O::kLanes);
   if constexpr (T > 1)
     for (; v < vectors; ++v)
-      multiply_packed<O, B, P, R, 1>(position, codes + v * 4 * O::kLanes, blocks, header, v, kind, x, rows,
+      multiply<O, B, P, R, 1>(position, codes + v * 4 * O::kLanes, blocks, header, v, kind, x, rows,
                                      y + v * rows * O::kLanes);
 }
 
-template <class O, bool W, int P, int R>
-void byte_vectors(const uint8_t* codes, int64_t stride, int64_t quads, const uint8_t* header, int vectors, int kind,
-                  const Activations& x, int64_t rows, float* y) {
-  constexpr int T = O::byte_vectors(R, P);
-  int v = 0;
-  for (; v + T <= vectors; v += T)
-    multiply_bytes<O, W, P, R, T>(codes + v * 4 * O::kLanes, stride, quads, header, v, kind, x, rows,
-                                  y + v * rows * O::kLanes);
-  if constexpr (T > 1)
-    for (; v < vectors; ++v)
-      multiply_bytes<O, W, P, R, 1>(codes + v * 4 * O::kLanes, stride, quads, header, v, kind, x, rows,
-                                    y + v * rows * O::kLanes);
-}
-
-using PackedVectors = void (*)(const Position&, const uint8_t*, int64_t, const uint8_t*, int, int, const Activations&,
+using MultiplyVectors = void (*)(const Position&, const uint8_t*, int64_t, const uint8_t*, int, int, const Activations&,
                                int64_t, float*);
-using ByteVectors = void (*)(const uint8_t*, int64_t, int64_t, const uint8_t*, int, int, const Activations&, int64_t,
-                             float*);
-
 template <class O, int B, int P>
-PackedVectors packed_by_rows(int rows) {
+MultiplyVectors by_rows(int rows) {
+  constexpr int kMost = O::most_rows(P);
   switch (rows) {
-    case 1: return packed_vectors<O, B, P, 1>;
-    case 2: return packed_vectors<O, B, P, 2>;
-    case 3: return packed_vectors<O, B, P, 3>;
-    default: return packed_vectors<O, B, P, 4>;
+    case 1: return multiply_vectors<O, B, P, 1>;
+    case 2: return multiply_vectors<O, B, P, 2>;
+    case 3: return multiply_vectors<O, B, P, 3>;
+    case 4: return multiply_vectors<O, B, P, 4>;
+    case 5: return multiply_vectors<O, B, P, std::min(5, kMost)>;
+    default: return multiply_vectors<O, B, P, kMost>;
   }
-}
-
-template <class O, bool W, int P>
-ByteVectors bytes_by_rows(int rows) {
-  switch (rows) {
-    case 1: return byte_vectors<O, W, P, 1>;
-    case 2: return byte_vectors<O, W, P, 2>;
-    case 3: return byte_vectors<O, W, P, 3>;
-    case 4: return byte_vectors<O, W, P, 4>;
-    case 5: if constexpr (O::most_byte_rows(P) > 4) return byte_vectors<O, W, P, 5>;
-    default: if constexpr (O::most_byte_rows(P) > 4) return byte_vectors<O, W, P, 6>;
-  }
-  return nullptr;
 }
 
 // The segments of some tiles, one after the other: where their codes and their header are.
@@ -170,37 +141,18 @@ inline Segment segment_of(const Job& job, const Tiles& tiles, int64_t s) {
   return {group + position.codes + s % per_group * blocks * position.block_stride, group + position.header, blocks};
 }
 
-// A few tokens: codes are unpacked in registers and used at once.
+// Codes are unpacked in registers and used at once, for each panel anew.
 template <class O, int B, int P>
-void multiply_few(const Job& job, const Tiles& tiles, float* y) {
-  const Panel panel = job.panel(0);
-  const PackedVectors multiply = packed_by_rows<O, B, P>(panel.rows);
+void multiply_panels(const Job& job, const Tiles& tiles, int64_t first_panel, int64_t last_panel, int64_t rows,
+                            float* y) {
+  const int64_t first_token = job.panel(first_panel).first;
   for (int64_t s = 0; s < job.args.geometry.segments(); ++s) {
     const Segment segment = segment_of(job, tiles, s);
-    multiply(tiles.position, segment.codes, segment.blocks, segment.header, tiles.count * (kTile / O::kLanes),
-             job.args.geometry.scale_kind, job.activations(s, panel), panel.rows, y);
-  }
-}
-
-// Many tokens: the codes of a segment become bytes in the first-level cache, which all panels of a batch use.
-template <class O, int B, int P>
-void multiply_many(const Job& job, const Tiles& tiles, int64_t first_panel, int64_t last_panel, int64_t rows, float* y) {
-  alignas(64) uint8_t bytes[kStrip * kTile * kMostSegment];
-  const int64_t quads = job.args.geometry.segment() / 4, first_token = job.panel(first_panel).first;
-  for (int64_t s = 0; s < job.args.geometry.segments(); ++s) {
-    const Segment segment = segment_of(job, tiles, s);
-    unpack_segment<O, B>(tiles.position, segment.codes, segment.blocks, tiles.count, bytes);
-    // They are asked for long before they are needed, as the panels take their time.
-    for (int64_t byte = 0; byte < tiles.position.block_stride * segment.blocks; byte += kRegisterBytes)
-      __builtin_prefetch(segment.codes + byte + tiles.position.ahead);
-    for (int64_t byte = 0; byte < tiles.count * job.args.geometry.header_bytes(); byte += kRegisterBytes)
-      __builtin_prefetch(segment.header + byte + tiles.position.ahead);
     for (int64_t index = first_panel; index < last_panel; ++index) {
       const Panel panel = job.panel(index);
-      bytes_by_rows<O, (B > 4), P>(panel.rows)(bytes, tiles.count * kRegisterBytes, quads, segment.header,
-                                               tiles.count * (kTile / O::kLanes), job.args.geometry.scale_kind,
-                                               job.activations(s, panel), rows,
-                                               y + (panel.first - first_token) * O::kLanes);
+      by_rows<O, B, P>(panel.rows)(tiles.position, segment.codes, segment.blocks, segment.header,
+                                          tiles.count * (kTile / O::kLanes), job.args.geometry.scale_kind,
+                                          job.activations(s, panel), rows, y + (panel.first - first_token) * O::kLanes);
     }
   }
 }
@@ -257,11 +209,6 @@ void write_tiles(const Job& job, const Tiles& tiles, int64_t first_token, int64_
 template <class O, int B, int P>
 void multiply_tiles(const Job& job, const Tiles& tiles) {
   alignas(64) float y[kBatchTokens * kStrip * kTile];
-  if (job.tokens <= kMostPackedRows) {
-    std::fill_n(y, job.tokens * tiles.count * kTile, 0.0f);
-    multiply_few<O, B, P>(job, tiles, y);
-    return write_tiles<O, B>(job, tiles, 0, job.tokens, y);
-  }
   const int64_t most = kBatchTokens / job.panel_tokens, batches = (job.panels + most - 1) / most;
   const int64_t panels = (job.panels + batches - 1) / batches;
   for (int64_t first = 0; first < job.panels; first += panels) {
@@ -269,7 +216,7 @@ void multiply_tiles(const Job& job, const Tiles& tiles) {
     const Panel end = job.panel(last - 1);
     const int64_t rows = end.first + end.rows - token;
     std::fill_n(y, rows * tiles.count * kTile, 0.0f);
-    multiply_many<O, B, P>(job, tiles, first, last, rows, y);
+    multiply_panels<O, B, P>(job, tiles, first, last, rows, y);
     write_tiles<O, B>(job, tiles, token, rows, y);
   }
 }
@@ -313,7 +260,7 @@ void multiply_chunk(const GemmArgs& args, int64_t first_token, int64_t tokens, v
   const Geometry& geometry = args.geometry;
   const int parts = parts_of(args.x_kind);
   Job job{args, first_token, tokens};
-  const int64_t most = tokens <= kMostPackedRows ? kMostPackedRows : O::most_byte_rows(parts);
+  const int64_t most = O::most_rows(parts);
   job.panels = (tokens + most - 1) / most;
   job.panel_tokens = (tokens + job.panels - 1) / job.panels;
   job.panels = (tokens + job.panel_tokens - 1) / job.panel_tokens;
@@ -343,7 +290,7 @@ bool gemm(const GemmArgs& args) {
   const int parts = parts_of(args.x_kind);
   // Chunks of about the same size, of whole panels.
   const int64_t most = std::max(kLeastChunkTokens, kChunkBytes / (geometry.k * parts));
-  const int64_t chunks = (args.m + most - 1) / most, rows = O::most_byte_rows(parts);
+  const int64_t chunks = (args.m + most - 1) / most, rows = O::most_rows(parts);
   const int64_t chunk = chunks > 1 ? ((args.m + chunks - 1) / chunks + rows - 1) / rows * rows : args.m;
   const int64_t bytes = chunk * (geometry.k * parts + geometry.segments() * 8 + 1);
   void* scratch = std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64);

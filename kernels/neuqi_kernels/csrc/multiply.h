@@ -151,7 +151,7 @@ NEUQI_INLINE void finish(const Totals<O, R, T>& totals, const uint8_t* header, i
 
 // Packed codes of one segment, T vectors and R rows. `codes`: of the first vector; `y`: of the first vector and row.
 template <class O, int B, int P, int R, int T>
-void multiply_packed(const Position& position, const uint8_t* codes, int64_t blocks, const uint8_t* header, int part,
+void multiply(const Position& position, const uint8_t* codes, int64_t blocks, const uint8_t* header, int part,
                      int kind, const Activations& x, int64_t rows, float* y) {
   Sums<O, P, R, T> sums;
   const int32_t* xs = x.xs;
@@ -166,9 +166,10 @@ void multiply_packed(const Position& position, const uint8_t* codes, int64_t blo
         __builtin_prefetch(codes + r * position.register_stride + t * kRegisterBytes + position.ahead);
       });
     });
-    unpack_block<B, O, T>(codes, position.register_stride, [&](int quad, const Vectors<O, T>& values) __attribute__((always_inline)) {
+    const auto take = [&](int quad, const Vectors<O, T>& values) __attribute__((always_inline)) {
       sums.template add<(B > 4)>(values, xs + quad * P * R);
-    });
+    };
+    unpack_block<B, O, T>(codes, position.register_stride, take);
     codes += position.block_stride;
     xs += kQuads * P * R;
   }
@@ -182,50 +183,6 @@ void multiply_packed(const Position& position, const uint8_t* codes, int64_t blo
                           : O::multiply_add(O::to_floats(sums.of[at]), O::all(65536.0f), O::to_floats(low));
   });
   finish<O, R, T>(totals, header, part, kind, x, rows, y);
-}
-
-// Codes of one segment that are bytes already, `codes [quad][vector]` with `stride` bytes from quad to quad. One part
-// after the other goes through the same sums, which leaves registers for twice the rows and vectors.
-template <class O, bool W, int P, int R, int T>
-void multiply_bytes(const uint8_t* codes, int64_t stride, int64_t quads, const uint8_t* header, int part, int kind,
-                    const Activations& x, int64_t rows, float* y) {
-  Sums<O, 1, R, T> sums;
-  Totals<O, R, T> totals;
-  unrolled<P>(NEUQI_EACH(p) {
-    const int32_t* xs = x.xs + p * R;
-    const uint8_t* from = codes;
-    for (int64_t quad = 0; quad < quads; ++quad, from += stride, xs += P * R)
-      sums.template add<W>(load_codes<O, T>(from), xs);
-    // Otherwise GCC spills the sums, and stores every one of them in every round of the loop.
-    unrolled<T * R>(NEUQI_EACH(i) {
-      O::keep_in_register(sums.of[i]);
-      if constexpr (p == P - 1)
-        totals.of[i] = P == 2 ? O::to_floats(sums.of[i])
-                              : O::multiply_add(totals.of[i], O::all(65536.0f), O::to_floats(sums.of[i]));
-      else if constexpr (p == P - 2)
-        sums.of[i] = O::shift_left_8(sums.of[i]);
-      else {
-        totals.of[i] = O::to_floats(sums.of[i]);
-        sums.of[i] = O::no_sums();
-      }
-    });
-  });
-  finish<O, R, T>(totals, header, part, kind, x, rows, y);
-}
-
-// Writes the codes of one segment as bytes, `to [quad][vector]`, all vectors of `tiles` tiles.
-template <class O, int B>
-void unpack_segment(const Position& position, const uint8_t* codes, int64_t blocks, int tiles, uint8_t* to) {
-  constexpr int kVectors = kTile / O::kLanes;
-  const int64_t stride = tiles * kRegisterBytes;
-  for (int64_t block = 0; block < blocks; ++block, codes += position.block_stride, to += kQuads * stride)
-    for (int tile = 0; tile < tiles; ++tile)
-      unpack_block<B, O, kVectors>(
-          codes + tile * kRegisterBytes, position.register_stride,
-          [&](int quad, const Vectors<O, kVectors>& values) __attribute__((always_inline)) {
-            uint8_t* at = to + quad * stride + tile * kRegisterBytes;
-            unrolled<kVectors>(NEUQI_EACH(v) { O::store_codes(at + v * 4 * O::kLanes, values.of[v]); });
-          });
 }
 
 }  // namespace

@@ -15,20 +15,16 @@ struct Avx2 {
   using Floats = __m256;
   static constexpr int kLanes = 8;
 
-  // Sixteen registers hold eight sums, the codes they need, the digits and a mask.
-  static constexpr int packed_vectors(int rows, int parts) {
+  // Rows and vectors of a kernel: sixteen registers hold eight sums, the codes they need, the digits and a mask.
+  static constexpr int vectors(int rows, int parts) {
     return rows * parts <= 2 ? 4 : rows * parts <= 4 ? 2 : 1;
   }
-  static constexpr int byte_vectors(int rows, int parts) { return rows * parts <= 4 ? 2 : 1; }
-  static constexpr int most_byte_rows(int parts) { return parts == 2 ? 4 : 3; }
+  static constexpr int most_rows(int) { return 4; }
 
   static void pause() { _mm_pause(); }
 
   static NEUQI_INLINE Codes load(const uint8_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  }
-  static NEUQI_INLINE void store_codes(uint8_t* to, Codes codes) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to), codes);
   }
   template <int S>
   static NEUQI_INLINE Codes shift_right(Codes codes) {

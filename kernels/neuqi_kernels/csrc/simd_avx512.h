@@ -15,16 +15,14 @@ struct Avx512 {
   using Floats = __m512;
   static constexpr int kLanes = 16;
 
-  // Vectors per kernel: at least eight independent sums, to hide the latency of the dot product, and what the 32
-  // registers hold.
-  static constexpr int packed_vectors(int rows, int parts) { return rows * parts <= 4 ? 4 : 2; }
-  static constexpr int byte_vectors(int, int parts) { return parts == 2 ? 4 : 2; }
-  static constexpr int most_byte_rows(int) { return 6; }
+  // Rows and vectors of a kernel: at least eight independent sums hide the latency of the dot product, and 24 leave
+  // registers for the rest.
+  static constexpr int vectors(int rows, int parts) { return rows * parts <= 4 ? 4 : 2; }
+  static constexpr int most_rows(int parts) { return parts == 2 ? 6 : 4; }
 
   static void pause() { _mm_pause(); }
 
   static NEUQI_INLINE Codes load(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static NEUQI_INLINE void store_codes(uint8_t* to, Codes codes) { _mm512_store_si512(to, codes); }
   template <int S>
   static NEUQI_INLINE Codes shift_right(Codes codes) {
     return S ? _mm512_srli_epi16(codes, S) : codes;

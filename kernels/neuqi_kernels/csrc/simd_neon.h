@@ -15,16 +15,13 @@ struct Neon {
   using Floats = float32x4_t;
   static constexpr int kLanes = 4;
 
-  // Thirty-two registers hold the sums, the codes they need (three raw vectors for one of codes of 3 bits), the digits
-  // and masks.
-  static constexpr int packed_vectors(int rows, int parts) { return rows * parts <= 3 ? 4 : rows * parts <= 9 ? 2 : 1; }
-  static constexpr int byte_vectors(int, int) { return 4; }
-  static constexpr int most_byte_rows(int) { return 6; }
+  // Rows and vectors of a kernel: 24 sums leave eight of the 32 registers for codes, digits and masks.
+  static constexpr int vectors(int rows, int parts) { return rows * parts <= 3 ? 4 : 2; }
+  static constexpr int most_rows(int parts) { return parts == 2 ? 6 : 4; }
 
   static void pause() { asm volatile("yield"); }
 
   static NEUQI_INLINE Codes load(const uint8_t* from) { return vld1q_u8(from); }
-  static NEUQI_INLINE void store_codes(uint8_t* to, Codes codes) { vst1q_u8(to, codes); }
   template <int S>
   static NEUQI_INLINE Codes shift_right(Codes codes) {
     if constexpr (S == 0)

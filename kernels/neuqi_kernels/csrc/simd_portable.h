@@ -23,9 +23,8 @@ struct Portable {
     float of[kLanes];
   };
 
-  static constexpr int packed_vectors(int, int) { return 1; }
-  static constexpr int byte_vectors(int, int) { return 1; }
-  static constexpr int most_byte_rows(int) { return 4; }
+  static constexpr int vectors(int, int) { return 1; }
+  static constexpr int most_rows(int) { return 4; }
 
   static void pause() {}
 
@@ -34,7 +33,6 @@ struct Portable {
     std::memcpy(&codes, from, sizeof codes);
     return codes;
   }
-  static NEUQI_INLINE void store_codes(uint8_t* to, const Codes& codes) { std::memcpy(to, &codes, sizeof codes); }
   template <int S>
   static NEUQI_INLINE Codes shift_right(Codes codes) {
     for (uint8_t& code : codes.of) code = uint8_t(code >> S);

@@ -8,6 +8,7 @@ import torch
 
 from neuqi_kernels import reference
 from neuqi_kernels.backend import Prepared
+from neuqi_kernels.env import batch_invariant
 from neuqi_kernels.gpu import planar
 from neuqi_kernels.gpu.plan import SPLIT_TOKEN_BLOCKS, plan, target_of
 from neuqi_kernels.spec import GemmSpec
@@ -39,16 +40,26 @@ class TritonBackend:
         Raises:
             ValueError: the layer is not one that the kernels take.
         """
+        self.check_layer(scale, zero, spec)
+        words = pack_words(qweight, spec.bits)
+        pairs = planar.fuse_scale_zero(scale, zero, spec.bits, spec.group, spec.groups)
+        counters = torch.zeros(SPLIT_TOKEN_BLOCKS * words.shape[0], dtype=torch.int32, device=qweight.device)
+        return words, pairs, counters
+
+    def check_layer(self, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec) -> None:
+        """Raise where the kernels do not take the layer, or its scales are not of the dtype that ``spec`` says."""
         reason = _refuse_layer(spec)
         if reason or scale.dtype != spec.scale_dtype or zero.dtype != spec.scale_dtype:
             raise ValueError(
                 f"expected a layer that the triton backend takes, got {spec} with scale {scale.dtype} and zero "
                 f"{zero.dtype}: {reason or 'the dtypes differ from the specification'}. Choose with dispatch.choose."
             )
-        words = planar.to_planar(qweight, spec.bits)
-        pairs = planar.fuse_scale_zero(scale, zero, spec.bits, spec.group, spec.groups)
-        counters = torch.zeros(SPLIT_TOKEN_BLOCKS * words.shape[0], dtype=torch.int32, device=qweight.device)
-        return words, pairs, counters
+
+    def warm_up(self, prepared: Prepared, spec: GemmSpec, has_bias: bool) -> None:
+        """Compile every kernel that ``gemm`` can plan for such a layer, by running each once; see ``gpu.warm_up``."""
+        from neuqi_kernels.gpu.warm_up import warm_up
+
+        warm_up(self.gemm, prepared, spec, has_bias)
 
     def gemm(
         self,
@@ -71,7 +82,7 @@ class TritonBackend:
             return x.new_empty(*x.shape[:-1], n)
         target = target_of(x.device)
         group = 0 if group_size in (-1, k) else group_size
-        chosen = plan(target, bits, group, n, k, m)
+        chosen = plan(target, bits, group, n, k, m, batch_invariant())
         y = launch.gemm(chosen, target, tokens, qweight, scale, zero, bias, n, bits, group)
         return y.view(*x.shape[:-1], n)
 
@@ -82,6 +93,15 @@ class TritonBackend:
         canonical = planar.from_planar(qweight, spec.n, spec.k, spec.bits)
         pair = planar.split_scale_zero(scale, spec.n, spec.groups)
         return reference.dequantize(canonical, *pair, spec.bits, spec.group_size)
+
+
+def pack_words(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Repack canonical ``qweight [(E,) N, K·bits/32]``: on a GPU in one pass, elsewhere with torch."""
+    if not qweight.is_cuda:
+        return planar.to_planar(qweight, bits)
+    from neuqi_kernels.gpu import launch
+
+    return launch.to_planar(qweight, bits)
 
 
 def _refuse_layer(spec: GemmSpec) -> str | None:

@@ -15,6 +15,33 @@ def store_rows(y_ptr, bias_ptr, acc, out, is_out, rows, n, HAS_BIAS: tl.constexp
 
 
 @triton.jit
+def store_routed(
+    acc,
+    y_ptr,
+    bias_ptr,
+    route_weight_ptr,
+    routes,
+    rows,
+    m,
+    n,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """Write the columns of ``acc [rows, routes]`` to the rows that ``routes`` names of ``y [m, n]``.
+
+    A column is a token at one of its experts; after the bias it is multiplied with the weight that the router gave it.
+    Columns that only fill up a block name no row below m.
+    """
+    is_route = routes < m
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+    if WEIGHTED:
+        acc *= tl.load(route_weight_ptr + routes, mask=is_route, other=0.0).to(tl.float32)[None, :]
+    out = routes[None, :].to(tl.int64) * n + rows[:, None]
+    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=is_route[None, :] & (rows < n)[:, None])
+
+
+@triton.jit
 def finish(
     acc, y_ptr, bias_ptr, partial_ptr, counter_ptr, tokens, rows, part, split_k, m, n, HAS_BIAS: tl.constexpr
 ):

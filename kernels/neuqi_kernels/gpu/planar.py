@@ -43,7 +43,12 @@ def feature_tiles(k: int, bits: int) -> int:
 
 
 def to_planar(qweight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Repack canonical ``qweight [N, K·bits/32]`` into planar words, on its device, a block of rows at a time."""
+    """Repack canonical ``qweight [(E,) N, K·bits/32]`` into planar words, on its device, a block of rows at a time.
+
+    The slow twin of the kernel ``repack``; it runs wherever torch does.
+    """
+    if qweight.ndim == 3:
+        return torch.stack([to_planar(expert, bits) for expert in qweight])
     n, words = qweight.shape
     k = words * 32 // bits
     tiles, features = feature_tiles(k, bits), tile_features(bits)
@@ -82,16 +87,16 @@ def from_planar(planar: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor
 def fuse_scale_zero(
     scale: torch.Tensor, zero: torch.Tensor, bits: int, group: int, groups: int
 ) -> torch.Tensor:
-    """Return scale and zero-point side by side as ``[groups, N filled up, 2]`` in their own 16-bit dtype.
+    """Return scale and zero-point side by side as ``[(E,) groups, N filled up, 2]`` in their own 16-bit dtype.
 
-    The pair is one 32-bit word to the kernels. ``scale, zero [N, G]``; groups and rows that only fill up tiles get
+    The pair is one 32-bit word to the kernels. ``scale, zero [(E,) N, G]``; groups and rows that only fill up tiles get
     scale and zero-point 0, and so add nothing.
     """
-    n, stored = scale.shape
+    *experts, n, stored = scale.shape
     padded = -(-groups * group // tile_features(bits)) * tile_features(bits) // group if groups > 1 else 1
-    fused = scale.new_zeros(padded, row_tiles(n) * TILE_ROWS, 2)
-    fused[:stored, :n, 0] = scale.t()
-    fused[:stored, :n, 1] = zero.t()
+    fused = scale.new_zeros(*experts, padded, row_tiles(n) * TILE_ROWS, 2)
+    fused[..., :stored, :n, 0] = scale.transpose(-2, -1)
+    fused[..., :stored, :n, 1] = zero.transpose(-2, -1)
     return fused
 
 

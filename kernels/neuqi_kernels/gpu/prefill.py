@@ -9,6 +9,70 @@ from neuqi_kernels.gpu.codes import code_offset, load_tokens, plane_value, split
 from neuqi_kernels.gpu.finish import finish
 
 
+@triton.jit
+def prefill_tile(
+    token_ptr,
+    run_ptr,
+    pair_ptr,
+    tokens,
+    first,
+    last,
+    m,
+    k,
+    pair_stride,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PAIR_HALF: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Return ``acc [BLOCK_N, BLOCK_M]``: the runs of words from first to last times a block of tokens.
+
+    ``token_ptr [RUN, BLOCK_M]`` points at the first run of each token, ``run_ptr [BLOCK_N, RUN]`` at the first run of
+    words of each row, ``pair_ptr [BLOCK_N]`` at its first scale and zero-point. A weight is ``(q − zero)·scale`` in
+    float32, rounded once to DTYPE, and stays in registers as the left operand. A step is one run of words: a whole
+    tile, or a third of a 3-bit tile, which adds one bit of the sixteenth plane.
+    """
+    HALF: tl.constexpr = tl.float16 == DTYPE
+    OFFSET: tl.constexpr = code_offset(BITS, HALF)
+    RUNS: tl.constexpr = 3 if BITS == 3 else 1
+    PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    STEP_PLANES: tl.constexpr = 5 if BITS == 3 else PLANES
+    TILE_K: tl.constexpr = PLANES * RUN
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        words = tl.load(run_ptr + step * (TILE_ROWS * RUN))
+        start = (step // RUNS) * TILE_K + (step % RUNS) * (STEP_PLANES * RUN)
+        for j in tl.static_range(STEP_PLANES):
+            feature = start + j * RUN
+            x = load_tokens(token_ptr, feature, tokens, m, k, MASK_K)
+            group = feature // GROUP if GROUP > 0 else 0
+            scale, zero = split_pair(tl.load(pair_ptr + group * pair_stride), PAIR_HALF)
+            value = plane_value(words, j, BITS, HALF, ASM)
+            weight = tl.fma(value, scale[:, None], (-scale * (zero + OFFSET))[:, None])
+            acc = tl.dot(weight.to(DTYPE), x, acc)
+        if BITS == 3:
+            # The sixteenth plane: bit i of its codes is bit 15 of run i, and its zero-point goes with the first.
+            run = step % RUNS
+            feature = (step // RUNS) * TILE_K + 15 * RUN
+            x = load_tokens(token_ptr, feature, tokens, m, k, MASK_K)
+            group = feature // GROUP if GROUP > 0 else 0
+            scale, zero = split_pair(tl.load(pair_ptr + group * pair_stride), PAIR_HALF)
+            factor = (1 << run).to(tl.float32)
+            shift = tl.where(run == 0, zero, 0.0) + factor * OFFSET
+            value = plane_value(words, 15, BITS, HALF, ASM)
+            weight = tl.fma(value, (scale * factor)[:, None], (-scale * shift)[:, None])
+            acc = tl.dot(weight.to(DTYPE), x, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["m", "row_tiles", "split_k"])
 def prefill_mm(
     x_ptr,
@@ -35,18 +99,10 @@ def prefill_mm(
     MASK_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """``y [m, n] = x [m, k]·Ŵᵀ + bias``; grid (row blocks, token blocks, split_k).
-
-    A weight is ``(q − zero)·scale`` in float32, rounded once to the dtype of x, and stays in registers as the left
-    operand. A step is one run of words: a whole tile, or a third of a 3-bit tile, which adds one bit of the sixteenth
-    plane.
-    """
-    HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
-    OFFSET: tl.constexpr = code_offset(BITS, HALF)
+    """``y [m, n] = x [m, k]·Ŵᵀ + bias``; grid (row blocks, token blocks, split_k). ``mid_mm`` is the same code."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     RUNS: tl.constexpr = 3 if BITS == 3 else 1
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
-    STEP_PLANES: tl.constexpr = 5 if BITS == 3 else PLANES
-    TILE_K: tl.constexpr = PLANES * RUN
 
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -54,40 +110,30 @@ def prefill_mm(
     lanes = tl.arange(0, RUN)
     # A block of two row tiles may reach beyond the last: it then reads the last one again and writes nothing of it.
     row_tile = tl.minimum(rows // TILE_ROWS, row_tiles - 1)
-    stored = row_tile * TILE_ROWS + rows % TILE_ROWS
-    steps = tl.cdiv(k, TILE_K) * RUNS
-    run_ptr = (
-        words_ptr
-        + (row_tile.to(tl.int64) * steps * TILE_ROWS + rows % TILE_ROWS)[:, None] * RUN
-        + lanes[None, :]
+    steps = tl.cdiv(k, PLANES * RUN) * RUNS
+    first_word = (row_tile.to(tl.int64) * steps * TILE_ROWS + rows % TILE_ROWS) * RUN
+    acc = prefill_tile(
+        x_ptr + tokens[None, :].to(tl.int64) * k + lanes[:, None],
+        words_ptr + first_word[:, None] + lanes[None, :],
+        pair_ptr + row_tile * TILE_ROWS + rows % TILE_ROWS,
+        tokens,
+        part * steps // split_k,
+        (part + 1) * steps // split_k,
+        m,
+        k,
+        row_tiles * TILE_ROWS,
+        DTYPE,
+        BITS,
+        GROUP,
+        BLOCK_M,
+        BLOCK_N,
+        TILE_ROWS,
+        RUN,
+        STAGES,
+        PAIR_HALF,
+        MASK_K,
+        ASM,
     )
-    token_ptr = x_ptr + tokens[None, :].to(tl.int64) * k + lanes[:, None]
-    group_stride = row_tiles * TILE_ROWS
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(part * steps // split_k, (part + 1) * steps // split_k, num_stages=STAGES):
-        words = tl.load(run_ptr + step * (TILE_ROWS * RUN))
-        start = (step // RUNS) * TILE_K + (step % RUNS) * (STEP_PLANES * RUN)
-        for j in tl.static_range(STEP_PLANES):
-            feature = start + j * RUN
-            x = load_tokens(token_ptr, feature, tokens, m, k, MASK_K)
-            group = feature // GROUP if GROUP > 0 else 0
-            scale, zero = split_pair(tl.load(pair_ptr + group * group_stride + stored), PAIR_HALF)
-            value = plane_value(words, j, BITS, HALF, ASM)
-            weight = tl.fma(value, scale[:, None], (-scale * (zero + OFFSET))[:, None])
-            acc = tl.dot(weight.to(x.dtype), x, acc)
-        if BITS == 3:
-            # The sixteenth plane: bit i of its codes is bit 15 of run i, and its zero-point goes with the first.
-            run = step % RUNS
-            feature = (step // RUNS) * TILE_K + 15 * RUN
-            x = load_tokens(token_ptr, feature, tokens, m, k, MASK_K)
-            group = feature // GROUP if GROUP > 0 else 0
-            scale, zero = split_pair(tl.load(pair_ptr + group * group_stride + stored), PAIR_HALF)
-            factor = (1 << run).to(tl.float32)
-            shift = tl.where(run == 0, zero, 0.0) + factor * OFFSET
-            value = plane_value(words, 15, BITS, HALF, ASM)
-            weight = tl.fma(value, (scale * factor)[:, None], (-scale * shift)[:, None])
-            acc = tl.dot(weight.to(x.dtype), x, acc)
     finish(
         acc,
         y_ptr,

@@ -1,0 +1,241 @@
+"""Packed weights from the cache, found or made in a process of its own while this one imports vLLM.
+
+An unquantized model is packed into the cache once, and served from there: this start and every later one load packed
+weights. Whatever keeps the cache from being used (no room, a model that cannot be packed ahead of time) is a reason
+that is shown, and the model is quantized while it loads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+
+from neuqi_serve.config import DEFAULT_PRESET, WeightSpec
+from neuqi_serve.env import read_environment
+from neuqi_serve.errors import (
+    DoesNotFitError,
+    IntegrityError,
+    NeuqiError,
+    UnsupportedModelError,
+    UsageError,
+)
+from neuqi_serve.server.engine_process import reason_not_to_fork
+from neuqi_serve.server.served_model import ServedModel, find_model
+
+# Options of vLLM with which the packed weights would not be what is asked for.
+CONFLICTING_OPTIONS = (
+    "additional-config",
+    "config",
+    "headless",
+    "hf-config-path",
+    "hf-overrides",
+    "load-format",
+    "model-loader-extra-config",
+    "nnodes",
+    "quantization",
+)
+# Folders that belong to a model and are no part of a packed checkpoint.
+_KEPT_FOLDERS = ("1_Pooling", "additional_chat_templates")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "*.md",
+    "LICENSE*",
+)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to pack: ``name`` is a folder or a hub name with its ``revision``."""
+
+    name: str
+    revision: str | None
+    spec: WeightSpec
+    preset: str | None
+    importance: Path | None
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``key`` of an entry, or the ``reason`` why there is none, or the ``error`` that the user has to see."""
+
+    key: str | None = None
+    found: bool = False
+    seconds: float = 0.0
+    reason: str = ""
+    error: NeuqiError | None = None
+
+
+class CachedWeights:
+    """The process that looks into the cache. Use as a context manager around the life of the server.
+
+    ``reason``: why the cache is not used, None while it may be.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = "it was not asked for"
+        self.detail = ""
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._receiver: Connection | None = None
+        self._lock: object | None = None
+
+    def __enter__(self) -> CachedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+    def refuse(self, reason: str) -> None:
+        """Do without the cache, and say why."""
+        self.reason = reason
+
+    def start(self, request: Request) -> None:
+        """Begin to look for the entry, or to make it."""
+        self.reason = None
+        # A fork shares the imports; where it is not safe they are made once more.
+        context = multiprocessing.get_context("spawn" if reason_not_to_fork() else "fork")
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(  # type: ignore[attr-defined]
+            target=_work, args=(request, sender, os.getpid()), name="NeuqiCache"
+        )
+        self._process.start()
+        sender.close()
+
+    def model(self, original: ServedModel) -> ServedModel:
+        """Wait for the entry and return it in place of the ``original``; the original where there is none.
+
+        Raises:
+            NeuqiError: the model is damaged, or the settings do not fit it.
+        """
+        if self._receiver is None:
+            return original
+        answer = self._answer()
+        if answer.error is not None:
+            raise answer.error
+        if answer.key is None:
+            self.reason = answer.reason
+            return original
+        from neuqi_serve.cache.store import Cache
+
+        environment = read_environment()
+        cache = Cache(environment.cache_dir, environment.cache_max_bytes)
+        try:
+            self._lock = cache.hold(answer.key)
+            entry = find_model(str(cache.entry_path(answer.key)))
+        except (NeuqiError, OSError) as error:
+            self.reason = f"the entry has gone: {error}"
+            return original
+        done = "found and verified" if answer.found else "packed"
+        self.detail = f"{done} in {answer.seconds:.1f} s: {entry.reference}"
+        return replace(entry, name=original.name)
+
+    def _answer(self) -> Answer:
+        assert self._receiver is not None
+        assert self._process is not None
+        try:
+            answer = self._receiver.recv()
+        except EOFError:
+            answer = None
+        self._receiver = None
+        self._process.join()
+        if answer is None:
+            answer = Answer(reason=f"the process that packs ended with {self._process.exitcode}")
+        assert isinstance(answer, Answer)
+        return answer
+
+
+def conflict(model: ServedModel, options: frozenset[str]) -> str | None:
+    """Return why the cache cannot be used for this model and these options of vLLM (without dashes)."""
+    # "--hf-overrides.key value" sets one key of an object.
+    given = sorted({option.partition(".")[0] for option in options} & set(CONFLICTING_OPTIONS))
+    if given:
+        return f"--{given[0]} was given"
+    folder = Path(model.reference)
+    kept = [name for name in _KEPT_FOLDERS if (folder / name).is_dir()]
+    return f"the model has a folder {kept[0]}, which is not packed" if kept else None
+
+
+def _work(request: Request, sender: Connection, parent: int) -> None:
+    """Look up or pack in a process of its own, and tell the parent."""
+    # Gone with the parent, and through the clean-up of what is half written.
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
+    sender.send(_prepared(request))
+    sender.close()
+
+
+def _prepared(request: Request) -> Answer:
+    from neuqi_serve.cache.prepare import prepare
+    from neuqi_serve.cache.store import Cache
+    from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings
+
+    started = time.monotonic()
+    environment = read_environment()
+    cache = Cache(environment.cache_dir, environment.cache_max_bytes)
+    try:
+        settings = QuantizationSettings(
+            request.spec,
+            request.preset or DEFAULT_PRESET,
+            device=_device(request.on_cpu),
+            importance=request.importance,
+        )
+        folder = _folder(request)
+        prepared = prepare(folder, settings, cache, _tell, sys.stderr)
+    except (DoesNotFitError, UnsupportedModelError) as error:
+        return Answer(reason=str(error))
+    except (UsageError, IntegrityError) as error:
+        return Answer(error=error)
+    except Exception as error:
+        # A full or read-only disk, no memory, no network: the model can still be quantized while it loads.
+        return Answer(reason=f"{type(error).__name__}: {error}")
+    return Answer(prepared.key, prepared.found, time.monotonic() - started)
+
+
+def _device(on_cpu: bool) -> str:
+    import torch
+
+    return "cuda" if not on_cpu and torch.cuda.is_available() else "cpu"
+
+
+def _folder(request: Request) -> Path:
+    if Path(request.name).is_dir():
+        return Path(request.name)
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            request.name,
+            revision=request.revision,
+            allow_patterns=list(_HUB_FILES),
+            ignore_patterns=["*/*"],
+        )
+    )
+
+
+def _tell(text: str) -> None:
+    print(f"neuqi: {text}", file=sys.stderr, flush=True)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
