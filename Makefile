@@ -9,7 +9,7 @@ ARGS  ?=
 INPUTS := requirements/install $(wildcard requirements/*.txt) pyproject.toml $(wildcard setup.py) \
           $(wildcard kernels/neuqi_kernels/csrc/*)
 
-.PHONY: setup serve test check format wheel clean
+.PHONY: setup serve test check format emulation wheel clean
 
 setup: $(VENV)/.serve.stamp
 
@@ -36,6 +36,16 @@ check: $(VENV)/.dev.stamp  ## Lint, format, types and import directions
 format: $(VENV)/.dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The kernel for Arm is tested with a cross compiler and an emulator; elsewhere than on Debian, and without root, that
+# test says what is missing and is skipped.
+emulation:  ## Install what tests the Arm kernel on another CPU (Debian, root)
+	@if command -v aarch64-linux-gnu-g++ qemu-aarch64 | wc -l | grep -qx 2; then echo "emulation is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user; \
+	else echo "expected apt-get and root to install g++-aarch64-linux-gnu and qemu-user, got neither or one; install" \
+	  "an aarch64-linux-gnu-g++ and a qemu-aarch64 by other means" >&2; exit 1; fi
 
 wheel: $(VENV)/.dev.stamp
 	$(BIN)/python -m build --no-isolation --wheel

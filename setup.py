@@ -41,20 +41,23 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512", *AVX2]
-# Macro that says that a file is built, its source, its flags.
-VARIANTS = (
-    ("NEUQI_HAS_AVX2", "gemm_avx2.cpp", AVX2),
-    ("NEUQI_HAS_AVX_VNNI", "gemm_avx_vnni.cpp", [*AVX2, "-mavxvnni"]),
-    ("NEUQI_HAS_AVX512", "gemm_avx512.cpp", AVX512),
-    ("NEUQI_HAS_AVX512_VNNI", "gemm_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"]),
-)
-COMMON = ("entry.cpp", "gather.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
 # The quantizer writes every fused multiply-add as such, so that all instruction sets give the same bits.
 EXACT = ["-ffp-contract=off"]
-VARIANTS += (
-    ("NEUQI_HAS_AVX2", "quantize_avx2.cpp", ["-mavx2", "-mfma", *EXACT]),
-    ("NEUQI_HAS_AVX512", "quantize_avx512.cpp", [*AVX512, *EXACT]),
-)
+# For each architecture: the macro that says that a file is built, its source, its flags.
+VARIANTS: dict[str, tuple[tuple[str, str, list[str]], ...]] = {
+    "x86_64": (
+        ("NEUQI_HAS_AVX2", "gemm_avx2.cpp", AVX2),
+        ("NEUQI_HAS_AVX_VNNI", "gemm_avx_vnni.cpp", [*AVX2, "-mavxvnni"]),
+        ("NEUQI_HAS_AVX512", "gemm_avx512.cpp", AVX512),
+        ("NEUQI_HAS_AVX512_VNNI", "gemm_avx512_vnni.cpp", [*AVX512, "-mavx512vnni"]),
+        ("NEUQI_HAS_AVX2", "quantize_avx2.cpp", ["-mavx2", "-mfma", *EXACT]),
+        ("NEUQI_HAS_AVX512", "quantize_avx512.cpp", [*AVX512, *EXACT]),
+    ),
+    "aarch64": (("NEUQI_HAS_NEON", "gemm_neon.cpp", ["-march=armv8.2-a+dotprod"]),),
+}
+# Other names of the same architectures.
+ARCHITECTURES = {"AMD64": "x86_64", "arm64": "aarch64"}
+COMMON = ("entry.cpp", "gather.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
 COMMON_EXACT = ("quantize_entry.cpp", "quantize_portable.cpp")
 # Vector types and conversions between them: GCC 9, Clang 10.
 PROBE = """
@@ -62,6 +65,11 @@ typedef int I __attribute__((vector_size(16)));
 typedef float F __attribute__((vector_size(16)));
 F convert(I i) { return __builtin_convertvector(i, F); }
 """
+
+
+def architecture() -> str:
+    """The name of this machine's architecture in VARIANTS, where it has one."""
+    return ARCHITECTURES.get(platform.machine(), platform.machine())
 
 
 def compiler() -> list[str] | None:
@@ -100,11 +108,10 @@ class BuildLibrary(build_ext):
                 "expected the C++ compiler that was there a moment ago, it is gone. Try again."
             )
         jobs, macros = [], []
-        if platform.machine() in ("x86_64", "AMD64"):
-            for macro, source, flags in VARIANTS:
-                if compiles(command, PROBE, flags):
-                    macros.append(f"-D{macro}")
-                    jobs.append((source, flags))
+        for macro, source, flags in VARIANTS.get(architecture(), ()):
+            if compiles(command, PROBE, flags):
+                macros.append(f"-D{macro}")
+                jobs.append((source, flags))
         jobs += [(source, macros) for source in COMMON]
         jobs += [(source, [*macros, *EXACT]) for source in COMMON_EXACT]
         folder = Path(self.build_temp)
@@ -144,14 +151,17 @@ class TagWheel(bdist_wheel):
         return ("py3", "none", plat)
 
 
-library = Extension(
-    "neuqi_kernels.cpu.libneuqi_cpu",
-    sources=[
-        str(SOURCES / name) for name in (*COMMON, *COMMON_EXACT, *(source for _, source, _ in VARIANTS))
-    ],
-    depends=[*map(str, sorted(SOURCES.glob("*.h"))), "setup.py"],
-)
-setup(
-    ext_modules=[library] if compiler() else [],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TagWheel},
-)
+# The tests take the flags from here.
+if __name__ == "__main__":
+    library = Extension(
+        "neuqi_kernels.cpu.libneuqi_cpu",
+        sources=[
+            *(str(SOURCES / name) for name in (*COMMON, *COMMON_EXACT)),
+            *(str(SOURCES / source) for each in VARIANTS.values() for _, source, _ in each),
+        ],
+        depends=[*map(str, sorted(SOURCES.glob("*.h"))), "setup.py"],
+    )
+    setup(
+        ext_modules=[library] if compiler() else [],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TagWheel},
+    )
