@@ -189,6 +189,15 @@ def write(
     return path
 
 
+def merged(fresh: Sequence[Record], path: Path) -> list[Record]:
+    """The records of an earlier result file whose cases were not measured now, then the fresh ones."""
+    if not path.exists():
+        return list(fresh)
+    earlier = [Record(**entry) for entry in json.loads(path.read_text())["records"]]
+    cases = [record.case for record in fresh]
+    return [record for record in earlier if record.case not in cases] + list(fresh)
+
+
 def table(records: Sequence[Record]) -> str:
     """The records as aligned text: a column per key of ``case``, then the other fields."""
     keys = list(dict.fromkeys(key for record in records for key in record.case))

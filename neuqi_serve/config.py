@@ -70,6 +70,51 @@ class WeightSpec:
         return self.bits + 2 * scale_bits * self.groups(in_features) / in_features
 
 
-# Names of the layers that stay in the checkpoint's own precision when a model is quantized without a recipe.
-# Routers choose experts by small differences; embeddings and the output head are not linear layers of a block.
-DEFAULT_SKIP = ("lm_head", "embed_tokens", "gate", "router", "shared_expert_gate")
+# Names of the layers that stay in the checkpoint's own precision when a model is quantized without a recipe:
+# routers choose experts by small differences.
+DEFAULT_SKIP = ("gate", "router", "shared_expert_gate")
+
+LM_HEAD = "lm_head"
+EMBEDDING = "embed_tokens"
+# Bits of the output head and of the token embedding; 16 leaves the weight in the checkpoint's own precision.
+UNQUANTIZED_BITS = 16
+VOCABULARY_BITS = (UNQUANTIZED_BITS, 8, 4)
+DEFAULT_LM_HEAD_BITS = 8
+DEFAULT_EMBEDDING_BITS = 8
+
+
+@dataclass(frozen=True)
+class VocabularyBits:
+    """Bits of the matrices with one row per token of the vocabulary; None where the user gave nothing.
+
+    Raises:
+        UsageError: a value outside the supported set.
+    """
+
+    lm_head: int | None = None
+    embedding: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, bits in (("lm_head bits", self.lm_head), ("embedding bits", self.embedding)):
+            if bits is not None and (bits not in VOCABULARY_BITS or isinstance(bits, bool)):
+                raise UsageError(
+                    f"{name} must be one of {VOCABULARY_BITS} (16 leaves it unquantized), got {bits!r}. Try 8."
+                )
+
+    def resolved(self, tied: bool) -> tuple[int, int]:
+        """Return the bits of head and embedding; ``tied``: the two are one tensor, and so have one width.
+
+        Raises:
+            UsageError: two widths given for one tensor.
+        """
+        if not tied:
+            head = DEFAULT_LM_HEAD_BITS if self.lm_head is None else self.lm_head
+            return head, DEFAULT_EMBEDDING_BITS if self.embedding is None else self.embedding
+        given = {bits for bits in (self.lm_head, self.embedding) if bits is not None}
+        if len(given) > 1:
+            raise UsageError(
+                f"expected one width for output head and embedding, which this model ties into one tensor, got "
+                f"{self.lm_head} and {self.embedding}. Give only --lm-head-bits."
+            )
+        shared = given.pop() if given else DEFAULT_LM_HEAD_BITS
+        return shared, shared

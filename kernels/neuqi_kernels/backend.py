@@ -38,6 +38,20 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Return ``x·Ŵᵀ + bias`` as ``[..., n]`` in the dtype of ``x [..., K]``, from prepared tensors."""
 
+    def embedding(
+        self,
+        ids: torch.Tensor,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the rows ``ids [...]`` (int64, below ``n``) of prepared ``Ŵ`` as ``[..., k]`` in ``dtype``."""
+
     def dequantize(
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec
     ) -> torch.Tensor:
@@ -80,6 +94,21 @@ class ReferenceBackend:
     ) -> torch.Tensor:
         """Return ``reference.gemm``."""
         return reference.gemm(x, qweight, scale, zero, bias, bits, group_size)
+
+    def embedding(
+        self,
+        ids: torch.Tensor,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return ``reference.embedding``."""
+        return reference.embedding(ids, qweight, scale, zero, bits, group_size, dtype)
 
     def dequantize(
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec

@@ -1,10 +1,11 @@
-"""The torch operators ``neuqi::gemm`` and ``neuqi::moe_gemm``: opaque to torch.compile, one kernel call behind each."""
+"""The torch operators of this package: opaque to torch.compile, one kernel call behind each."""
 
 from __future__ import annotations
 
 import torch
 
 from neuqi_kernels import dispatch, moe
+from neuqi_kernels.backend import Backend
 
 _GEMM_SCHEMA = (
     "gemm(Tensor x, Tensor qweight, Tensor scale, Tensor zero, Tensor? bias, "
@@ -14,6 +15,10 @@ _MOE_SCHEMA = (
     "moe_gemm(Tensor x, Tensor qweight, Tensor scale, Tensor zero, Tensor? bias, Tensor? topk_weights, "
     "Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded, "
     "int n, int top_k, int block_size, int bits, int group_size, str backend) -> Tensor"
+)
+_EMBEDDING_SCHEMA = (
+    "embedding(Tensor ids, Tensor qweight, Tensor scale, Tensor zero, "
+    "int n, int k, int bits, int group_size, ScalarType dtype, str backend) -> Tensor"
 )
 # The operators exist as long as this object does.
 _LIBRARY: torch.library.Library | None = None
@@ -30,12 +35,7 @@ def _gemm(
     group_size: int,
     backend: str,
 ) -> torch.Tensor:
-    found = dispatch.find(backend)
-    if isinstance(found, str):
-        raise ValueError(
-            f"expected a usable backend, got {backend!r}, which is {found}. Choose with dispatch.choose."
-        )
-    return found.gemm(x, qweight, scale, zero, bias, n, bits, group_size)
+    return _usable(backend).gemm(x, qweight, scale, zero, bias, n, bits, group_size)
 
 
 def _gemm_fake(
@@ -112,33 +112,52 @@ def _moe_gemm_fake(
     return x.new_empty((x.shape[0] * top_k, n))
 
 
-def gemm(
-    x: torch.Tensor,
+def _embedding(
+    ids: torch.Tensor,
     qweight: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
-    bias: torch.Tensor | None,
     n: int,
+    k: int,
     bits: int,
     group_size: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    """Return what ``torch.ops.neuqi.gemm`` returns, without the way through torch's dispatcher where nothing traces.
+    return _usable(backend).embedding(ids, qweight, scale, zero, n, k, bits, group_size, dtype)
 
-    That way costs about 3 µs a call, which a decode step pays for every layer.
-    """
-    if type(x) is torch.Tensor and not torch.compiler.is_compiling():
-        return _gemm(x, qweight, scale, zero, bias, n, bits, group_size, backend)
-    return torch.ops.neuqi.gemm(x, qweight, scale, zero, bias, n, bits, group_size, backend)
+
+def _embedding_fake(
+    ids: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
+
+
+def _usable(backend: str) -> Backend:
+    found = dispatch.find(backend)
+    if isinstance(found, str):
+        raise ValueError(
+            f"expected a usable backend, got {backend!r}, which is {found}. Choose with dispatch.choose."
+        )
+    return found
 
 
 def register() -> None:
-    """Define ``torch.ops.neuqi.gemm`` and ``.moe_gemm`` for CPU, CUDA and tracing; safe to call any number of times.
+    """Define the operators of ``torch.ops.neuqi`` for CPU, CUDA and tracing; safe to call any number of times.
 
-    ``gemm``: ``x [..., K]`` → ``[..., n]`` in the dtype of ``x``; ``qweight, scale, zero`` as the backend called
-    ``backend`` of ``dispatch`` prepared them. ``moe_gemm``: ``x [tokens, K]`` → ``[tokens·top_k, n]``, see
-    ``moe_reference.moe_gemm``; ``backend`` is one of ``moe``. ``Library.impl`` with a plain function costs about 2 µs a
-    call, the ``custom_op`` decorator 130.
+    ``gemm``: ``x [..., K]`` → ``[..., n]`` in the dtype of ``x``. ``embedding``: rows ``ids [...]`` → ``[..., k]`` in
+    ``dtype``. ``qweight, scale, zero`` are as the backend called ``backend`` of ``dispatch`` prepared them.
+    ``moe_gemm``: ``x [tokens, K]`` → ``[tokens·top_k, n]``, see ``moe_reference.moe_gemm``; ``backend`` is one of
+    ``moe``. ``Library.impl`` with a plain function costs about 2 µs a call, the ``custom_op`` decorator 130.
     """
     global _LIBRARY
     if _LIBRARY is not None:
@@ -146,6 +165,7 @@ def register() -> None:
     library = torch.library.Library("neuqi", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, schema, function, fake in (
         ("gemm", _GEMM_SCHEMA, _gemm, _gemm_fake),
+        ("embedding", _EMBEDDING_SCHEMA, _embedding, _embedding_fake),
         ("moe_gemm", _MOE_SCHEMA, _moe_gemm, _moe_gemm_fake),
     ):
         library.define(schema)  # type: ignore[no-untyped-call]

@@ -35,7 +35,7 @@ def dequantize(
             f"expected scale and zero as [N, G] for N={rows}, K={in_features} and group size {group_size}, got "
             f"{list(scale.shape)} and {list(zero.shape)}. Were they packed with another group size?"
         )
-    grouped = codes.view(rows, -1, group).to(torch.float32)
+    grouped = codes.view(rows, in_features // group, group).to(torch.float32)
     weight = (grouped - zero.to(torch.float32).unsqueeze(-1)) * scale.to(torch.float32).unsqueeze(-1)
     return weight.view(rows, in_features).to(dtype)
 
@@ -55,3 +55,18 @@ def gemm(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x.dtype)
+
+
+def embedding(
+    ids: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the rows ``ids [...]`` (integers below N) of ``Ŵ`` as ``[..., K]`` in ``dtype``."""
+    rows = ids.reshape(-1)
+    weight = dequantize(qweight[rows], scale[rows], zero[rows], bits, group_size, dtype)
+    return weight.view(*ids.shape, weight.shape[-1])

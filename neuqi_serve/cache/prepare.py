@@ -51,7 +51,7 @@ def prepare(
     """
     started = time.monotonic()
     source = open_source(folder)
-    selection = select_modules(source, settings.spec)
+    selection = select_modules(source, settings.spec, settings.vocabulary)
     key = cache_key(source, selection, settings, cache.digests)
     if _is_whole(cache, key, tell):
         return Prepared(key.digest, True, time.monotonic() - started)

@@ -11,19 +11,22 @@ from types import FrameType
 from typing import Any
 
 from neuqi_serve.config import (
+    DEFAULT_EMBEDDING_BITS,
+    DEFAULT_LM_HEAD_BITS,
     DEFAULT_PRESET,
     PRESETS,
     SCALE_DTYPES,
     SUPPORTED_BITS,
     SUPPORTED_GROUP_SIZES,
+    VOCABULARY_BITS,
+    VocabularyBits,
     WeightSpec,
 )
 
 DEMO = "demo"
-_DESCRIPTION = """Pack the linear layers of a model's decoder blocks; embeddings, output head, norms and routers
-stay as they are. Needs no data; with --importance, inputs that matter more get the smaller
-errors. Nothing appears at OUT before all of it is written; an interrupted run leaves OUT as
-it was."""
+_DESCRIPTION = """Pack the linear layers of a model's decoder blocks, its output head and its embedding; norms and
+routers stay as they are. Needs no data; with --importance, inputs that matter more get the smaller
+errors. Nothing appears at OUT before all of it is written; an interrupted run leaves OUT as it was."""
 _EPILOG = """example:
   neuqi quantize demo -o demo-3bit --bits 3 --group-size 64 && neuqi serve demo-3bit"""
 
@@ -64,6 +67,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=default.scale_dtype,
         help="storage of scales and zero-points (default: %(default)s)",
     )
+    precision.add_argument(
+        "--lm-head-bits",
+        type=int,
+        choices=VOCABULARY_BITS,
+        help=f"bits of the output head, 16 leaves it as it is (default: {DEFAULT_LM_HEAD_BITS})",
+    )
+    precision.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=VOCABULARY_BITS,
+        help=f"bits of the embedding; a tied one has those of the head (default: {DEFAULT_EMBEDDING_BITS})",
+    )
     search = parser.add_argument_group("search")
     search.add_argument(
         "--preset",
@@ -102,7 +117,14 @@ def run(args: argparse.Namespace) -> int:
         device = args.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = QuantizationSettings(spec, args.preset, device, args.overwrite, importance=args.importance)
+        settings = QuantizationSettings(
+            spec,
+            args.preset,
+            device,
+            args.overwrite,
+            importance=args.importance,
+            vocabulary=VocabularyBits(args.lm_head_bits, args.embedding_bits),
+        )
         summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neuqi_serve.config import DEFAULT_PRESET, DEFAULT_SKIP, PRESETS, WeightSpec
+from neuqi_serve.config import (
+    DEFAULT_PRESET,
+    DEFAULT_SKIP,
+    EMBEDDING,
+    LM_HEAD,
+    PRESETS,
+    UNQUANTIZED_BITS,
+    VocabularyBits,
+    WeightSpec,
+)
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 
 QUANT_METHOD = "neuqi"
@@ -23,6 +32,8 @@ _REQUIRED_KEYS = (
 _MODULE_KEYS = ("bits", "group_size")
 # Settings that say how to quantize while loading, not what a packed checkpoint holds.
 _ONLINE_KEYS = ("preset",)
+# Shorthands of settings for quantizing while loading; a packed checkpoint names the modules themselves.
+_VOCABULARY_KEYS = ("lm_head_bits", "embedding_bits")
 
 
 def is_name_of(name: str, module: str) -> bool:
@@ -34,9 +45,10 @@ def is_name_of(name: str, module: str) -> bool:
 class QuantizationRecipe:
     """Which modules of a checkpoint are quantized, and how.
 
-    ``spec``: the default. ``modules``: exceptions by name. ``modules_to_not_convert``: names of what stays.
-    A name is a full module name or its trailing components (FORMAT.md, section 2). ``preset``: how thorough the search
-    is while loading; a packed checkpoint does not carry it.
+    ``spec``: the default for linear layers. ``modules``: exceptions by name; an output head or embedding is quantized
+    only if it is named here. ``modules_to_not_convert``: names of what stays. A name is a full module name or its
+    trailing components (FORMAT.md, section 2). ``preset``: how thorough the search is while loading; a packed
+    checkpoint does not carry it.
     """
 
     spec: WeightSpec = field(default_factory=WeightSpec)
@@ -58,13 +70,19 @@ class QuantizationRecipe:
         return _parse(config, where, IntegrityError)
 
     @classmethod
-    def for_online(cls, settings: Mapping[str, Any], where: str = "neuqi settings") -> QuantizationRecipe:
+    def for_online(
+        cls, settings: Mapping[str, Any], where: str = "neuqi settings", tied: bool = False
+    ) -> QuantizationRecipe:
         """Parse settings for quantizing while loading; absent keys take their defaults.
+
+        Beside the keys of a packed checkpoint, ``lm_head_bits`` and ``embedding_bits`` (16, 8 or 4) set the width of
+        output head and embedding. ``tied``: the model has one tensor for both.
 
         Raises:
             UsageError: an unknown key, another method, or a value outside the supported set.
         """
-        _check_keys(settings, (), (*_REQUIRED_KEYS, *_ONLINE_KEYS), where, UsageError)
+        known = (*_REQUIRED_KEYS, *_ONLINE_KEYS, *_VOCABULARY_KEYS)
+        _check_keys(settings, (), known, where, UsageError)
         method = settings.get("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise UsageError(
@@ -75,7 +93,44 @@ class QuantizationRecipe:
             raise UsageError(
                 f"{where}: expected a preset among {PRESETS}, got {preset!r}. Try {DEFAULT_PRESET}."
             )
-        return replace(_parse(settings, where, UsageError), preset=preset)
+        vocabulary = VocabularyBits(*(settings.get(key) for key in _VOCABULARY_KEYS))
+        recipe = replace(_parse(settings, where, UsageError), preset=preset)
+        return recipe.with_vocabulary(vocabulary, tied)
+
+    def with_vocabulary(self, bits: VocabularyBits, tied: bool) -> QuantizationRecipe:
+        """Return the recipe with output head and embedding at these widths, in groups of the default size.
+
+        What was not given takes its default, unless the recipe names the module already.
+
+        Raises:
+            UsageError: two widths given for one tensor (``tied``).
+        """
+        modules, kept = dict(self.modules), list(self.modules_to_not_convert)
+        given = (bits.lm_head, bits.embedding)
+        named = [name in kept or name in modules for name in (LM_HEAD, EMBEDDING)]
+        widths = bits.resolved(tied)
+        if tied and any(named) and given == (None, None):
+            # One tensor: what the recipe says of either holds for both.
+            speaker = LM_HEAD if named[0] else EMBEDDING
+            spec = None if speaker in kept else modules[speaker]
+            specs = [spec, spec]
+        else:
+            specs = [
+                None
+                if width == UNQUANTIZED_BITS
+                else WeightSpec(width, self.spec.group_size, self.spec.scale_dtype)
+                for width in widths
+            ]
+        for name, spec, was_named, option in zip((LM_HEAD, EMBEDDING), specs, named, given, strict=True):
+            if was_named and option is None and not tied:
+                continue
+            modules.pop(name, None)
+            kept = [one for one in kept if one != name]
+            if spec is None:
+                kept.append(name)
+            else:
+                modules[name] = spec
+        return replace(self, modules=modules, modules_to_not_convert=tuple(kept))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of format version 1, keys in the order of FORMAT.md."""
@@ -102,6 +157,15 @@ class QuantizationRecipe:
         if exact is not None:
             return exact
         return next((spec for name, spec in self.modules.items() if is_name_of(name, module)), self.spec)
+
+    def vocabulary_spec(self, module: str) -> WeightSpec | None:
+        """Return the spec of the output head or embedding of this full name, None if it stays as it is."""
+        if self.keeps(module):
+            return None
+        exact = self.modules.get(module)
+        if exact is not None:
+            return exact
+        return next((spec for name, spec in self.modules.items() if is_name_of(name, module)), None)
 
     def renamed(
         self,

@@ -18,12 +18,14 @@ class Family:
     """``blocks``: prefix of a block's tensors, up to the block number (a regular expression).
 
     ``reads``: last name components of linear layers that read the hidden state (K is ``hidden_size``);
-    ``writes``: of those that write it (N is ``hidden_size``).
+    ``writes``: of those that write it (N is ``hidden_size``). ``packs_vocabulary``: vLLM's class of the model can run
+    a packed output head and a packed embedding.
     """
 
     blocks: str = r"model\.layers"
     reads: tuple[str, ...] = _LLAMA_READS
     writes: tuple[str, ...] = _LLAMA_WRITES
+    packs_vocabulary: bool = True
 
     def block_number(self, name: str) -> int | None:
         """Return the number of the decoder block that a tensor belongs to, None outside the blocks."""
@@ -37,20 +39,24 @@ _FAMILIES = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
-    "GemmaForCausalLM": _LLAMA,
-    "Gemma2ForCausalLM": _LLAMA,
+    "GemmaForCausalLM": Family(packs_vocabulary=False),
+    "Gemma2ForCausalLM": Family(packs_vocabulary=False),
     "Gemma3ForCausalLM": _LLAMA,
     "Phi3ForCausalLM": Family(reads=("qkv_proj", "gate_up_proj")),
-    "PhiForCausalLM": Family(reads=("q_proj", "k_proj", "v_proj", "fc1"), writes=("dense", "fc2")),
+    "PhiForCausalLM": Family(
+        reads=("q_proj", "k_proj", "v_proj", "fc1"), writes=("dense", "fc2"), packs_vocabulary=False
+    ),
     "OPTForCausalLM": Family(
         blocks=r"(?:model\.)?decoder\.layers",
         reads=("q_proj", "k_proj", "v_proj", "fc1"),
         writes=("out_proj", "fc2"),
+        packs_vocabulary=False,
     ),
     "GPTNeoXForCausalLM": Family(
         blocks=r"gpt_neox\.layers",
         reads=("query_key_value", "dense_h_to_4h"),
         writes=("dense", "dense_4h_to_h"),
+        packs_vocabulary=False,
     ),
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)

@@ -7,16 +7,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
-from neuqi_serve.config import DEFAULT_PRESET, PRESETS, WeightSpec
+from neuqi_serve.config import DEFAULT_PRESET, EMBEDDING, LM_HEAD, PRESETS, VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance, resolve
 from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
+from neuqi_serve.format.quantization_config import is_name_of
 from neuqi_serve.format.safetensors_file import TensorSpec, prefetch_tensor
 from neuqi_serve.format.source import CONFIG_NAME, INDEX_NAME, SourceCheckpoint, open_source
 from neuqi_serve.format.staging import check_destination
@@ -52,7 +53,8 @@ _NOT_COPIED_NAMES = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME)
 class QuantizationSettings:
     """``preset``: one of ``PRESETS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
 
-    ``importance``: a file of ``format.importance``; None weighs all inputs alike.
+    ``importance``: a file of ``format.importance``; None weighs all inputs alike. ``vocabulary``: widths of output head
+    and embedding, None for the defaults.
     """
 
     spec: WeightSpec
@@ -61,6 +63,7 @@ class QuantizationSettings:
     overwrite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
     importance: Path | None = None
+    vocabulary: VocabularyBits | None = None
 
 
 def quantize_checkpoint(
@@ -69,7 +72,7 @@ def quantize_checkpoint(
     settings: QuantizationSettings,
     progress_stream: TextIO | None = None,
 ) -> CheckpointSummary:
-    """Pack the linear layers of the decoder blocks of ``source_path`` into the new folder ``destination``.
+    """Pack the linear layers, the output head and the embedding of ``source_path`` into the new folder ``destination``.
 
     The squared error of the weights is minimized, weighted by ``settings.importance`` if given. Memory is bounded by
     one weight and its packed form, disk by the packed checkpoint. Nothing appears at ``destination`` before all of it
@@ -87,7 +90,7 @@ def quantize_checkpoint(
     _check_apart(source_path, destination)
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
-    selection = select_modules(source, settings.spec)
+    selection = select_modules(source, settings.spec, settings.vocabulary)
     importance = None if settings.importance is None else read_importance(settings.importance)
     weights = _importance_values(importance, selection, progress_stream)
     tensors = plan_tensors(source, selection)
@@ -99,7 +102,7 @@ def quantize_checkpoint(
         for path in other_files(source_path):
             writer.copy_file(path)
         manifest = writer.finish(
-            source.config,
+            _config(source, selection),
             selection.recipe,
             modules,
             source={
@@ -122,7 +125,13 @@ def _importance_values(
 ) -> Mapping[str, Tensor]:
     if importance is None:
         return {}
-    found = resolve(importance, {name: columns for name, (_, columns) in selection.modules.items()})
+    # Output head and embedding are not weighed, as they are not on the fly: 8 bits leave nothing to gain.
+    inputs = {
+        name: columns
+        for name, (_, columns) in selection.modules.items()
+        if not any(is_name_of(vocabulary, name) for vocabulary in (LM_HEAD, EMBEDDING))
+    }
+    found = resolve(importance, inputs)
     for line in found.warnings() if stream is not None else ():
         print(f"warning: {importance.path.name}: {line}", file=stream, flush=True)
     return found.values
@@ -151,6 +160,16 @@ def other_files(source_path: Path) -> list[Path]:
         and path.name not in _NOT_COPIED_NAMES
         and not path.name.endswith(_NOT_COPIED_SUFFIXES)
     ]
+
+
+def _config(source: SourceCheckpoint, selection: Selection) -> Mapping[str, Any]:
+    """The model's configuration; a head of its own beside a configuration that calls it tied is declared untied.
+
+    vLLM looks for the unpacked head to find that out.
+    """
+    if source.config.get("tie_word_embeddings") and not selection.tied:
+        return {**source.config, "tie_word_embeddings": False}
+    return source.config
 
 
 def relative_error(weight: Tensor, packed: PackedWeight, spec: WeightSpec) -> float:

@@ -1,9 +1,10 @@
 """Which tensors of a checkpoint are quantized.
 
 The rule: a tensor is packed if it is a two-dimensional floating-point ``<module>.weight`` inside a decoder block, its
-module is not a router or gate (``config.DEFAULT_SKIP``), and its rows are a multiple of 32 weights long. Everything
-else keeps its bytes: embeddings (tied or not), the output head, norms, biases, rotary tables. A group size that does
-not divide the rows of one of these layers is an error, as it is when the model is quantized while vLLM loads it.
+module is not a router or gate (``config.DEFAULT_SKIP``), and its rows are a multiple of 32 weights long. The output
+head and the embedding are packed at widths of their own, where vLLM can run them so; tied, they are one tensor.
+Everything else keeps its bytes: norms, biases, rotary tables. A group size that does not divide the rows of one of
+these layers is an error, as it is when the model is quantized while vLLM loads it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from neuqi_serve.config import DEFAULT_SKIP, SUPPORTED_GROUP_SIZES, WHOLE_ROW, WeightSpec
+from neuqi_serve.config import (
+    EMBEDDING,
+    LM_HEAD,
+    SUPPORTED_GROUP_SIZES,
+    UNQUANTIZED_BITS,
+    WHOLE_ROW,
+    VocabularyBits,
+    WeightSpec,
+)
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
-from neuqi_serve.format.quantization_config import QuantizationRecipe
+from neuqi_serve.format.quantization_config import QuantizationRecipe, is_name_of
 from neuqi_serve.format.safetensors_file import FLOAT_CODES, TensorSpec
 from neuqi_serve.format.source import SourceCheckpoint
 from neuqi_serve.pipeline.families import Family, family_of
@@ -22,23 +31,28 @@ from neuqi_serve.pipeline.families import Family, family_of
 
 @dataclass(frozen=True)
 class Selection:
-    """``modules``: name → ``[N, K]`` of what is packed. ``unfit``: name → reason, of block layers that are not.
+    """``modules``: name → ``[N, K]`` of what is packed. ``unfit``: name → reason, of layers that cannot be.
 
-    ``recipe``: what ``config.json`` of the packed checkpoint will say.
+    ``recipe``: what ``config.json`` of the packed checkpoint will say. ``tied``: output head and embedding are one
+    tensor of the checkpoint.
     """
 
     modules: Mapping[str, tuple[int, int]]
     unfit: Mapping[str, str]
     recipe: QuantizationRecipe
+    tied: bool = False
 
 
-def select_modules(source: SourceCheckpoint, spec: WeightSpec) -> Selection:
+def select_modules(
+    source: SourceCheckpoint, spec: WeightSpec, vocabulary: VocabularyBits | None = None
+) -> Selection:
     """Choose the modules to pack and check that they fit the configuration.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be packed, or one without linear layers in its blocks.
         IntegrityError: a decoder block is missing, or a weight's shape contradicts ``config.json``.
-        UsageError: the group size does not divide the rows of some layer, or no layer can be packed.
+        UsageError: the group size does not divide the rows of some layer, no layer can be packed, or two widths for
+            one tensor.
     """
     family = family_of(source.architecture, source.config)
     _check_blocks(source, family)
@@ -61,8 +75,43 @@ def select_modules(source: SourceCheckpoint, spec: WeightSpec) -> Selection:
             continue
         modules[module] = (out_features, in_features)
     _check_fit(modules, unfit, source, spec)
-    kept = [m for m in matrices if m not in modules and not default.keeps(m)]
-    return Selection(modules, unfit, QuantizationRecipe(spec, {}, (*DEFAULT_SKIP, *kept)))
+    tied = is_tied(source)
+    recipe = default.with_vocabulary(_vocabulary_bits(family, vocabulary), tied)
+    for module in matrices:
+        if module in modules or module in unfit or recipe.vocabulary_spec(module) is None:
+            continue
+        rows, length = source.tensors[f"{module}.weight"].spec.shape
+        if length % 32:
+            unfit[module] = f"rows of {length} weights are no multiple of 32"
+        else:
+            modules[module] = (rows, length)
+    kept = [m for m in matrices if m not in modules and not recipe.keeps(m)]
+    recipe = QuantizationRecipe(spec, recipe.modules, (*recipe.modules_to_not_convert, *kept))
+    return Selection(modules, unfit, recipe, tied)
+
+
+def is_tied(source: SourceCheckpoint) -> bool:
+    """Whether output head and embedding are one tensor: ``config.json`` says so, and the checkpoint has no head."""
+    has_head = any(is_name_of(LM_HEAD, name.removesuffix(".weight")) for name in source.tensors)
+    return bool(source.config.get("tie_word_embeddings")) and not has_head
+
+
+def _vocabulary_bits(family: Family, asked: VocabularyBits | None) -> VocabularyBits:
+    """What was asked for, or 16 where vLLM's class of the model cannot run a packed head and embedding.
+
+    Raises:
+        UsageError: another width was asked for there.
+    """
+    asked = asked or VocabularyBits()
+    if family.packs_vocabulary:
+        return asked
+    for name, bits in ((LM_HEAD, asked.lm_head), (EMBEDDING, asked.embedding)):
+        if bits not in (None, UNQUANTIZED_BITS):
+            raise UsageError(
+                f"expected 16 bits for {name} of this model, whose class in vLLM takes no packed vocabulary, "
+                f"got {bits}. Leave the option out."
+            )
+    return VocabularyBits(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

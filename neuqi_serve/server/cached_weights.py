@@ -13,12 +13,12 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
-from neuqi_serve.config import DEFAULT_PRESET, WeightSpec
+from neuqi_serve.config import DEFAULT_PRESET, VocabularyBits, WeightSpec
 from neuqi_serve.env import read_environment
 from neuqi_serve.errors import (
     DoesNotFitError,
@@ -68,6 +68,7 @@ class Request:
     preset: str | None
     importance: Path | None
     on_cpu: bool
+    vocabulary: VocabularyBits = field(default_factory=VocabularyBits)
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _prepared(request: Request) -> Answer:
             request.preset or DEFAULT_PRESET,
             device=_device(request.on_cpu),
             importance=request.importance,
+            vocabulary=request.vocabulary,
         )
         folder = _folder(request)
         prepared = prepare(folder, settings, cache, _tell, sys.stderr)

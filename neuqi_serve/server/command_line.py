@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from neuqi_serve.config import (
+    DEFAULT_EMBEDDING_BITS,
+    DEFAULT_LM_HEAD_BITS,
     DEFAULT_PRESET,
     PRESETS,
     SCALE_DTYPES,
     SUPPORTED_BITS,
     SUPPORTED_GROUP_SIZES,
+    VOCABULARY_BITS,
+    VocabularyBits,
     WeightSpec,
 )
 from neuqi_serve.errors import UsageError
@@ -54,6 +58,8 @@ class OwnOptions:
     preset: str | None = None
     importance: Path | None = None
     cache: bool = True
+    lm_head_bits: int | None = None
+    embedding_bits: int | None = None
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
@@ -66,6 +72,8 @@ class OwnOptions:
             args.preset,
             args.importance,
             not args.no_cache,
+            args.lm_head_bits,
+            args.embedding_bits,
         )
 
     def spec(self) -> WeightSpec:
@@ -80,6 +88,14 @@ class OwnOptions:
             default.group_size if self.group_size is None else self.group_size,
             self.scale_dtype or default.scale_dtype,
         )
+
+    def vocabulary(self) -> VocabularyBits:
+        """Return the widths of output head and embedding that the user gave.
+
+        Raises:
+            UsageError: a value outside the supported set.
+        """
+        return VocabularyBits(self.lm_head_bits, self.embedding_bits)
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,18 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         help="mean squares of the layers' inputs: an importance matrix of llama.cpp, or what `neuqi importance` wrote",
     )
     group.add_argument(
+        "--lm-head-bits",
+        type=int,
+        metavar=_choices(VOCABULARY_BITS),
+        help=f"bits of the output head, 16 leaves it as it is (default: {DEFAULT_LM_HEAD_BITS})",
+    )
+    group.add_argument(
+        "--embedding-bits",
+        type=int,
+        metavar=_choices(VOCABULARY_BITS),
+        help=f"bits of the embedding; a tied one has those of the head (default: {DEFAULT_EMBEDDING_BITS})",
+    )
+    group.add_argument(
         "--no-quantize", action="store_true", help="serve an unquantized model as it is, e.g. to compare"
     )
     group.add_argument(
@@ -180,6 +208,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
     args, _ = own_parser().parse_known_args(words[1:] if first else words)
     own = OwnOptions.from_namespace(args)
     own.spec()
+    own.vocabulary()
     return EarlyArguments(
         model=first,
         own=own,
@@ -213,6 +242,9 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
     if own.importance is not None:
         # The engine may run in another folder.
         settings["importance"] = str(own.importance.resolve())
+    widths = {"lm_head_bits": own.lm_head_bits, "embedding_bits": own.embedding_bits}
+    # What was not given stays out: its default depends on whether the model ties the two.
+    settings |= {key: bits for key, bits in widths.items() if bits is not None}
     users = overrides.get("quantization_config")
     if users is None:
         return {**overrides, "quantization_config": settings}
@@ -223,8 +255,8 @@ def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
         raise UsageError(
             f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
         )
-    for key in ("bits", "group_size", "scale_dtype", "preset"):
-        value = getattr(own, key)
+    asked = {key: getattr(own, key) for key in ("bits", "group_size", "scale_dtype", "preset")}
+    for key, value in (asked | widths).items():
         if value is not None and users.get(key, value) != value:
             raise UsageError(
                 f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "

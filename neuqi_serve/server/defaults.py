@@ -6,6 +6,7 @@ kept for the API process, the model is compiled at every start. Whatever the use
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ RUNTIME_BYTES = 1 << 30
 # Tokens of a block of vLLM's KV cache on CPUs.
 BLOCK_TOKENS = 128
 SHUTDOWN_TIMEOUT_SECONDS = 30
+# Names of ``vllm_plugin.cpu_norms``, which imports torch.
+NORM_PROVIDER = "neuqi_cpu"
+NORM_OPERATIONS = ("rms_norm", "fused_add_rms_norm")
 UNIPROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -37,7 +41,8 @@ class Choice:
 
     def __str__(self) -> str:
         flag = "--" + self.option.replace("_", "-")
-        words = flag if self.value is True else f"{flag} {self.value}"
+        value = json.dumps(self.value) if isinstance(self.value, dict) else self.value
+        words = flag if value is True else f"{flag} {value}"
         return f"{words:<42} {self.reason}"
 
 
@@ -94,8 +99,7 @@ def choose_defaults(
     ]
     if machine.runs_on_cpu:
         choices += [_sequences(machine), *_memory(machine, config, weight_bytes, given), *_processes(given)]
-        if "compilation_config" not in given and "optimization_level" not in given:
-            choices.append(Choice("enforce_eager", True, "compiling takes longer than the rest of the start"))
+        choices += _execution(given)
     return [choice for choice in choices if choice.option not in given]
 
 
@@ -150,6 +154,17 @@ def _processes(given: Mapping[str, Any]) -> list[Choice]:
         return []
     reason = "the worker runs inside the engine process"
     return [Choice("distributed_executor_backend", UNIPROCESS_EXECUTOR, reason)]
+
+
+def _execution(given: Mapping[str, Any]) -> list[Choice]:
+    if "compilation_config" in given or "optimization_level" in given or given.get("enforce_eager") is False:
+        return []
+    eager = Choice("enforce_eager", True, "compiling takes longer than the rest of the start")
+    norms = {name: [NORM_PROVIDER, "native"] for name in NORM_OPERATIONS}
+    return [
+        eager,
+        Choice("ir_op_priority", norms, "compiled kernels for norms, a sixth of a step's overhead"),
+    ]
 
 
 def _shown(size: int) -> str:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server import vllm_start
 from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict
@@ -24,7 +25,11 @@ from neuqi_serve.server.defaults import Choice, choose_defaults
 from neuqi_serve.server.engine_process import EngineProcesses
 from neuqi_serve.server.listen_address import ListenAddress
 from neuqi_serve.server.machine import Machine, detect_machine
-from neuqi_serve.server.process_environment import apply_environment, vllm_environment
+from neuqi_serve.server.process_environment import (
+    apply_environment,
+    explain_environment,
+    vllm_environment,
+)
 from neuqi_serve.server.served_model import ServedModel, check_on_the_fly, find_model, local_folder
 
 # Options of vLLM whose value depends on the machine and the model; unset ones get a default of ours.
@@ -33,6 +38,7 @@ _CHOSEN = (
     "data_parallel_size",
     "distributed_executor_backend",
     "enforce_eager",
+    "ir_op_priority",
     "kv_cache_dtype",
     "kv_cache_memory_bytes",
     "max_model_len",
@@ -65,12 +71,12 @@ def serve(arguments: Sequence[str]) -> int:
     machine = detect_machine()
     offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
     # Before anything imports torch or numpy, which read some of these variables.
-    apply_environment(vllm_environment(machine, offline))
+    applied = apply_environment(vllm_environment(machine, offline))
     model = _check_early(early)
     with CachedWeights() as cached, EngineProcesses() as processes:
         if model is not None:
             look_into_cache(cached, model, early.own, early.revision, early.options, machine)
-        return _start(arguments, early, model, machine, processes, cached)
+        return _start(arguments, early, model, machine, processes, cached, explain_environment(applied))
 
 
 def _check_early(early: EarlyArguments) -> ServedModel | None:
@@ -97,7 +103,15 @@ def look_into_cache(
         cached.refuse(reason)
         return
     cached.start(
-        Request(model.reference, revision, own.spec(), own.preset, own.importance, machine.runs_on_cpu)
+        Request(
+            model.reference,
+            revision,
+            own.spec(),
+            own.preset,
+            own.importance,
+            machine.runs_on_cpu,
+            own.vocabulary(),
+        )
     )
 
 
@@ -115,6 +129,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
         "--scale-dtype": own.scale_dtype,
         "--preset": own.preset,
         "--importance": own.importance,
+        "--lm-head-bits": own.lm_head_bits,
+        "--embedding-bits": own.embedding_bits,
     }
     given = {option: value for option, value in asked.items() if value is not None}
     if model.kind == "packed" and model.spec is not None:
@@ -122,6 +138,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             "--bits": model.spec.bits,
             "--group-size": model.spec.group_size,
             "--scale-dtype": model.spec.scale_dtype,
+            "--lm-head-bits": _width(model, LM_HEAD),
+            "--embedding-bits": _width(model, EMBEDDING),
         }
         if own.preset is not None:
             raise UsageError(
@@ -156,6 +174,13 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
                 f"expected an importance file, got {own.importance}, which is none. Check the path."
             )
         check_on_the_fly(model, own.spec())
+        own.vocabulary().resolved(model.is_tied)
+
+
+def _width(model: ServedModel, module: str) -> int:
+    """Bits of the output head or the embedding of a packed model."""
+    spec = model.recipe.vocabulary_spec(module) if model.recipe is not None else None
+    return UNQUANTIZED_BITS if spec is None else spec.bits
 
 
 def _start(
@@ -165,6 +190,7 @@ def _start(
     machine: Machine,
     processes: EngineProcesses,
     cached: CachedWeights,
+    environment: Sequence[str],
 ) -> int:
     vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
     why_spawned = processes.fork() if machine.runs_on_cpu else "vLLM starts it on accelerators"
@@ -179,7 +205,9 @@ def _start(
     model = cached.model(model)
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
-    _print_summary(machine, model, own, choices, why_spawned, cached if quantized else None)
+    _print_summary(
+        machine, model, own, [*map(str, choices), *environment], why_spawned, cached if quantized else None
+    )
     return vllm_start.run(args, processes)
 
 
@@ -238,7 +266,7 @@ def _print_summary(
     machine: Machine,
     model: ServedModel,
     own: OwnOptions,
-    choices: Sequence[Choice],
+    chosen: Sequence[str],
     why_spawned: str | None,
     cached: CachedWeights | None,
 ) -> None:
@@ -251,7 +279,7 @@ def _print_summary(
         lines.append(
             f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:"
         )
-    lines += [f"  {choice}" for choice in choices]
+    lines += [f"  {line}" for line in chosen]
     if machine.runs_on_cpu and why_spawned:
         lines.append(f"  engine process started anew, which takes longer: {why_spawned}")
     print("\n".join(lines), flush=True)
@@ -259,10 +287,16 @@ def _print_summary(
 
 def _weights(model: ServedModel, own: OwnOptions) -> str:
     if model.kind == "packed" and model.spec is not None:
-        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}"
+        stored = _width(model, LM_HEAD), _width(model, EMBEDDING)
+        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}{_vocabulary(*stored)}"
     if model.kind == "foreign":
         return f"quantized with {model.method!r}, served by vLLM as it is"
     if not own.quantize:
         return "unquantized"
     spec = own.spec()
-    return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}"
+    chosen = own.vocabulary().resolved(model.is_tied)
+    return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}{_vocabulary(*chosen)}"
+
+
+def _vocabulary(head: int, embedding: int) -> str:
+    return f"; output head {head} bits, embedding {embedding} bits"

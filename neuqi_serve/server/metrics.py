@@ -49,7 +49,7 @@ class ProcessMemory:
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """The reports of all workers, put together."""
+    """The reports of all workers, put together; ``kernels``: layers by backend and bits."""
 
     source: str = "none"
     bits: str = ""
@@ -57,7 +57,7 @@ class LoadSummary:
     scale_dtype: str = ""
     bits_per_weight: float | None = None
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
-    backends: Mapping[str, int] = field(default_factory=dict)
+    kernels: Mapping[tuple[str, str], int] = field(default_factory=dict)
     phases: Mapping[str, float] = field(default_factory=dict)
     processes: Mapping[str, ProcessMemory] = field(default_factory=dict)
 
@@ -72,11 +72,12 @@ def summarize_reports(reports: Iterable[Mapping[str, Any]]) -> LoadSummary:
         8 * (r["weight_bytes"]["packed"] + r["weight_bytes"]["scale_zero"]) / r["bits_per_weight"]
         for r in quantized
     )
-    backends: dict[str, int] = {}
+    kernels: dict[tuple[str, str], int] = {}
     phases: dict[str, float] = {}
     for report in found:
-        for backend, layers in report.get("backends", {}).items():
-            backends[backend] = backends.get(backend, 0) + int(layers)
+        for kernel in report.get("kernels", ()):
+            label = str(kernel["backend"]), _label(kernel["bits"])
+            kernels[label] = kernels.get(label, 0) + int(kernel["layers"])
         for phase, seconds in report.get("phases", {}).items():
             phases[phase] = max(phases.get(phase, 0.0), float(seconds))
     first = quantized[0] if quantized else {}
@@ -87,7 +88,7 @@ def summarize_reports(reports: Iterable[Mapping[str, Any]]) -> LoadSummary:
         scale_dtype=_label(first.get("scale_dtype")),
         bits_per_weight=8 * packed / weights if weights else None,
         weight_bytes={kind: _total(found, kind) for kind in _WEIGHT_KINDS},
-        backends=backends,
+        kernels=kernels,
         phases=phases,
         processes={process_name(int(r.get("rank", 0)), len(found)): _memory(r) for r in found},
     )
@@ -119,8 +120,8 @@ class NeuqiMetrics:
         if summary.bits_per_weight is not None:
             # Without labels a gauge shows 0 from the moment it exists, so it does not before there is a value.
             _gauge("neuqi_bits_per_weight", self._registry).set(summary.bits_per_weight)
-        for backend, layers in summary.backends.items():
-            self._gauges["neuqi_kernel_info"].labels(backend, summary.bits).set(layers)
+        for (backend, bits), layers in summary.kernels.items():
+            self._gauges["neuqi_kernel_info"].labels(backend, bits).set(layers)
         for phase, seconds in summary.phases.items():
             self._gauges["neuqi_load_phase_duration_seconds"].labels(phase).set(seconds)
         self.set_memory(summary.processes)

@@ -22,6 +22,16 @@ PLUGIN_GROUPS = (
 # Quantizing while loading counts into this deadline; vLLM's own 600 s end the start of a large model.
 ENGINE_READY_TIMEOUT_SECONDS = 3600
 SMALL_MACHINE_CORES = 2
+# Rounds of a waiting thread's loop, about half a millisecond: longer than a step's gaps between parallel regions,
+# shorter than the time between two steps.
+SPIN_COUNT = 20000
+
+# Why the variables are set that decide how the cores are used; they are printed at the start.
+_REASONS = {
+    "GOMP_SPINCOUNT": "waiting threads stay awake within a step and sleep between two steps",
+    "VLLM_CPU_OMP_THREADS_BIND": "vLLM would keep a core for the API process, which hardly needs one",
+    "OMP_NUM_THREADS": "threads of the engine, one per core",
+}
 
 
 def vllm_environment(machine: Machine, offline: bool) -> dict[str, str]:
@@ -41,9 +51,10 @@ def vllm_environment(machine: Machine, offline: bool) -> dict[str, str]:
         chosen["VLLM_USE_AOT_COMPILE"] = "0"
         # BLAS threads serve nothing here, and without them the process has one thread when the engine is forked.
         chosen["OPENBLAS_NUM_THREADS"] = "1"
-        # GNU OpenMP's threads otherwise spin at every barrier and starve the API process, or each other when the
-        # machine is shared.
-        chosen["OMP_WAIT_POLICY"] = "passive"
+        # GNU OpenMP's threads otherwise spin for ever or sleep at once at every barrier. For ever, they starve the
+        # API process; at once, waking them costs as much as a small layer. This long, they stay awake within a step.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            chosen["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
         if machine.cores <= SMALL_MACHINE_CORES or machine.has_core_quota:
             # "auto" keeps a core for the API process and counts cores that a quota does not grant.
             chosen["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -56,6 +67,13 @@ def apply_environment(chosen: dict[str, str]) -> dict[str, str]:
     applied = {name: value for name, value in chosen.items() if name not in os.environ}
     os.environ.update(applied)
     return applied
+
+
+def explain_environment(applied: dict[str, str]) -> list[str]:
+    """Return a line with the reason for each variable set here that decides how the cores are used."""
+    return [
+        f"{f'{name}={applied[name]}':<42} {reason}" for name, reason in _REASONS.items() if name in applied
+    ]
 
 
 def inherited_environment() -> dict[str, str]:

@@ -21,8 +21,8 @@ Kind = Literal["unquantized", "packed", "foreign"]
 class ServedModel:
     """``name``: as the user gave it. ``reference``: what vLLM gets, a folder or a hub name.
 
-    ``kind``: ``unquantized``, ``packed`` (by neuqi) or ``foreign`` (quantized by ``method``). ``spec``: that of a
-    packed checkpoint. ``weight_bytes``: bytes of the weight files, 0 where unknown (a hub name).
+    ``kind``: ``unquantized``, ``packed`` (by neuqi) or ``foreign`` (quantized by ``method``). ``spec``, ``recipe``:
+    those of a packed checkpoint. ``weight_bytes``: bytes of the weight files, 0 where unknown (a hub name).
     """
 
     name: str
@@ -32,6 +32,7 @@ class ServedModel:
     method: str | None = None
     spec: WeightSpec | None = None
     weight_bytes: int = 0
+    recipe: QuantizationRecipe | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -43,6 +44,11 @@ class ServedModel:
         """The language model's part of the configuration; the whole one for a text-only model."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, Mapping) else self.config
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the configuration says that output head and embedding are one tensor."""
+        return bool(self.text_config.get("tie_word_embeddings"))
 
     @property
     def served_name(self) -> str | None:
@@ -113,8 +119,17 @@ def _classify(name: str, reference: str, config: Mapping[str, Any]) -> ServedMod
     method = str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else str(quantization)
     if method != QUANT_METHOD:
         return ServedModel(name, reference, config, "foreign", method=method, weight_bytes=size)
-    spec = QuantizationRecipe.from_dict(quantization, where=f"{reference}/{CONFIG_NAME}").spec
-    return ServedModel(name, reference, config, "packed", method=method, spec=spec, weight_bytes=size)
+    recipe = QuantizationRecipe.from_dict(quantization, where=f"{reference}/{CONFIG_NAME}")
+    return ServedModel(
+        name,
+        reference,
+        config,
+        "packed",
+        method=method,
+        spec=recipe.spec,
+        weight_bytes=size,
+        recipe=recipe,
+    )
 
 
 def _hub_config(name: str, revision: str | None) -> Path:

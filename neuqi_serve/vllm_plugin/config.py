@@ -14,14 +14,20 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import EMBEDDING, LM_HEAD, WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
 from neuqi_serve.vllm_plugin.progress import LoadProgress
+from neuqi_serve.vllm_plugin.vocabulary import (
+    NeuqiOnlineVocabularyMethod,
+    NeuqiPackedVocabularyMethod,
+    UnquantizedHeadMethod,
+)
 
 # A child of vLLM's logger, so that its handler prints our lines in every process.
 logger = init_logger("vllm.neuqi")
@@ -36,21 +42,22 @@ class NeuqiConfig(QuantizationConfig):
 
     Precedence for the on-the-fly settings: ``--additional-config '{"neuqi": {…}}'`` over
     ``--hf-overrides '{"quantization_config": {"quant_method": "neuqi", …}}'`` over the defaults (4 bits, group
-    128). Both are part of vLLM's compile-cache key, as environment variables are not.
+    128; output head and embedding 8 bits). Both are part of vLLM's compile-cache key, as environment variables are not.
     """
 
     def __init__(
         self,
         recipe: QuantizationRecipe | None = None,
-        online: bool = True,
-        importance: Importance | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.recipe = recipe if recipe is not None else QuantizationRecipe()
-        self.online = online
-        self.importance = importance
-        self.progress = LoadProgress(silent=not online)
-        self._additional_read = False
+        self.online = recipe is None
+        self.settings = dict(settings or {})
+        self.importance = _importance_of(self.settings)
+        self.recipe = QuantizationRecipe.for_online(self.settings) if recipe is None else recipe
+        self.progress = LoadProgress(silent=not self.online)
+        self._mapper: Any = None
+        self._completed = False
 
     def __repr__(self) -> str:
         source = "on the fly" if self.online else "packed"
@@ -87,9 +94,7 @@ class NeuqiConfig(QuantizationConfig):
         """
         settings = dict(config)
         online = bool(settings.pop("online", False))
-        importance = _importance_of(settings) if online else None
-        recipe = QuantizationRecipe.for_online(settings) if online else QuantizationRecipe.from_dict(settings)
-        return cls(recipe, online=online, importance=importance)
+        return cls(settings=settings) if online else cls(QuantizationRecipe.from_dict(settings))
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> NeuqiConfig:
@@ -103,6 +108,7 @@ class NeuqiConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules of the recipe when vLLM names the model's modules differently."""
+        self._mapper = hf_to_vllm_mapper
         self.recipe = self.recipe.renamed(hf_to_vllm_mapper.apply_list, hf_to_vllm_mapper.apply_dict)
         if self.importance is not None:
             self.importance = self.importance.renamed(hf_to_vllm_mapper.apply_dict)
@@ -121,45 +127,45 @@ class NeuqiConfig(QuantizationConfig):
             open_checkpoint(Path(model_name)).validate()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Choose the method of one layer; linear layers always get one, the rest is left to vLLM.
+        """Choose the method of one layer: linear layers, and the output head and embedding that the recipe names.
 
         Raises:
             UnsupportedModelError: a mixture-of-experts layer, or fused shards that a recipe treats differently.
             UsageError: the group size does not divide the layer's input size.
         """
-        self._read_additional_config()
+        self._complete_recipe()
         if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
             raise UnsupportedModelError(
                 f"expected linear layers, got mixture-of-experts layer {prefix!r}: experts cannot be quantized "
                 "with neuqi yet. Serve this model without --quantization neuqi."
             )
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         if is_skipped(prefix, self.recipe.modules_to_not_convert, self.packed_modules_mapping):
             return UnquantizedLinearMethod()
         # Column and row parallel layers know their slice already, replicated ones have the whole input.
         in_features = int(getattr(layer, "input_size_per_partition", layer.input_size))
-        if in_features % 32:
-            logger.warning_once(
-                "neuqi: %s stays unquantized: its rows of %d weights are no multiple of 32",
-                prefix,
-                in_features,
-            )
+        if not _packs(prefix, in_features):
             return UnquantizedLinearMethod()
         spec = self.spec_for(prefix)
-        try:
-            spec.groups(in_features)
-        except UsageError as error:
-            whole = int(layer.input_size)
-            hint = (
-                f" This is one tensor-parallel slice of {whole}; use fewer ranks."
-                if whole != in_features
-                else ""
-            )
-            raise UsageError(f"layer {prefix!r}: {error}{hint}") from error
+        _check_groups(spec, prefix, in_features, int(layer.input_size))
         if self.online:
             return NeuqiOnlineLinearMethod(self, spec, self.importance_for(prefix, int(layer.input_size)))
         return NeuqiPackedLinearMethod(self, spec)
+
+    def _vocabulary_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        is_head = isinstance(layer, ParallelLMHead)
+        # Some of vLLM's models do not tell the name of their embedding.
+        name = prefix or (LM_HEAD if is_head else EMBEDDING)
+        spec = self.recipe.vocabulary_spec(name)
+        if spec is None or not _packs(name, layer.embedding_dim):
+            return UnquantizedHeadMethod() if is_head else None
+        _check_groups(spec, name, layer.embedding_dim, layer.embedding_dim)
+        if self.online:
+            return NeuqiOnlineVocabularyMethod(self, spec)
+        return NeuqiPackedVocabularyMethod(self, spec)
 
     def spec_for(self, prefix: str) -> WeightSpec:
         """Return the spec of the vLLM module ``prefix``.
@@ -197,18 +203,48 @@ class NeuqiConfig(QuantizationConfig):
             )
         return importance
 
-    def _read_additional_config(self) -> None:
-        if self._additional_read:
+    def _complete_recipe(self) -> None:
+        """Read what is known only while the model is built: the additional configuration, and whether it is tied."""
+        if self._completed:
             return
-        self._additional_read = True
+        self._completed = True
         vllm_config = get_current_vllm_config_or_none()
-        additional = getattr(vllm_config, "additional_config", None) or {}
+        if vllm_config is None or not self.online:
+            return
+        additional = vllm_config.additional_config
         settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-        if settings and self.online:
-            settings = dict(settings)
-            self.importance = _importance_of(settings) or self.importance
-            known = {**self.recipe.to_dict(), "preset": self.recipe.preset}
-            self.recipe = QuantizationRecipe.for_online({**known, **settings})
+        model_config = vllm_config.model_config
+        # vLLM has already set it to false when the checkpoint brings a head of its own.
+        tied = (
+            bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
+            if model_config
+            else False
+        )
+        settings = dict(settings or {})
+        self.importance = _importance_of(settings) or self.importance
+        self.recipe = QuantizationRecipe.for_online({**self.settings, **settings}, tied=tied)
+        if self._mapper is not None:
+            self.apply_vllm_mapper(self._mapper)
+
+
+def _packs(name: str, in_features: int) -> bool:
+    """Whether rows of this length can be packed; says so where they cannot."""
+    if in_features % 32 == 0:
+        return True
+    logger.warning_once(
+        "neuqi: %s stays unquantized: its rows of %d weights are no multiple of 32", name, in_features
+    )
+    return False
+
+
+def _check_groups(spec: WeightSpec, name: str, in_features: int, whole: int) -> None:
+    try:
+        spec.groups(in_features)
+    except UsageError as error:
+        hint = (
+            f" This is one tensor-parallel slice of {whole}; use fewer ranks." if whole != in_features else ""
+        )
+        raise UsageError(f"layer {name!r}: {error}{hint}") from error
 
 
 def _importance_of(settings: dict[str, Any]) -> Importance | None:

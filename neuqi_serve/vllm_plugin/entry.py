@@ -8,7 +8,9 @@ itself; so it imports nothing heavy, and ``register`` does the real imports, whe
 def register() -> None:
     """Register the quantization method ``neuqi`` with vLLM; safe to call any number of times."""
     from neuqi_serve.vllm_plugin import compat
+    from neuqi_serve.vllm_plugin.cpu_norms import register_cpu_norms
 
     compat.register_method()
     compat.attach_worker_report()
     compat.track_missing_tensors()
+    register_cpu_norms()

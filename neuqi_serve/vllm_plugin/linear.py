@@ -36,7 +36,7 @@ ops.register()
 _DONE = "_already_called_process_weights_after_loading"
 
 
-class _NeuqiLinearMethod(LinearMethodBase):
+class NeuqiLinearMethod(LinearMethodBase):
     """What both methods share: the GEMM, the record for the metrics, and the check that every shard arrived."""
 
     source = ""
@@ -55,9 +55,14 @@ class _NeuqiLinearMethod(LinearMethodBase):
             spec=self.spec,
             original_bytes=self.n * k * dtype.itemsize,
             created_at=time.perf_counter(),
+            role=self.role(layer),
         )
         # Read by vLLM's MLA and LoRA code; a replicated layer does not set it itself.
         layer.input_size_per_partition = k
+
+    def role(self, layer: Any) -> str:
+        """Return what the layer is to the reports."""
+        return "linear"
 
     def _noting(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a weight loader so that a shard that never arrives is noticed: vLLM itself loads on silently."""
@@ -104,6 +109,7 @@ class _NeuqiLinearMethod(LinearMethodBase):
         for name, tensor in zip(("qweight", "scale", "zero"), prepared, strict=True):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self.backend = backend.name
+        self.gemm = backend.gemm
         self.record.backend = backend.name
         self.record.repack_seconds += time.perf_counter() - started
         self.record.finished_at = time.perf_counter()
@@ -117,16 +123,29 @@ class _NeuqiLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x [..., K] · Ŵᵀ + bias`` as ``[..., N]`` in the dtype of ``x``."""
-        return ops.gemm(
+        if torch.compiler.is_compiling():
+            return torch.ops.neuqi.gemm(
+                x,
+                layer.qweight,
+                layer.scale,
+                layer.zero,
+                bias,
+                self.n,
+                self.spec.bits,
+                self.spec.group_size,
+                self.backend,
+            )
+        # Past torch's dispatcher and a module's attribute search, which together cost as much as a small product.
+        held = layer._parameters
+        return self.gemm(
             x,
-            layer.qweight,
-            layer.scale,
-            layer.zero,
+            held["qweight"],
+            held["scale"],
+            held["zero"],
             bias,
             self.n,
             self.spec.bits,
             self.spec.group_size,
-            self.backend,
         )
 
     def dequantize_weight(self, layer: Any) -> torch.Tensor:
@@ -145,7 +164,7 @@ class _NeuqiLinearMethod(LinearMethodBase):
 
 
 @register_weight_loader_v2_supported_method
-class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
+class NeuqiPackedLinearMethod(NeuqiLinearMethod):
     """A packed checkpoint: ``<name>.qweight``, ``<name>.scale``, ``<name>.zero`` in the canonical layout."""
 
     source = "packed"
@@ -208,7 +227,7 @@ class NeuqiPackedLinearMethod(_NeuqiLinearMethod):
 
 
 @register_weight_loader_v2_supported_method
-class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
+class NeuqiOnlineLinearMethod(NeuqiLinearMethod):
     """An unquantized checkpoint: a layer is quantized and its weights released as soon as its last part arrived."""
 
     source = "on-the-fly"
@@ -240,6 +259,10 @@ class NeuqiOnlineLinearMethod(_NeuqiLinearMethod):
             output_dim=0,
             weight_loader=self._noting("weight", extra["weight_loader"]),
         )
+        rows = getattr(layer, "num_org_embeddings_per_partition", None)
+        if rows is not None:
+            # The rows that fill up a vocabulary are in no checkpoint: vLLM must not wait for them.
+            weight.weight_loader_numel = rows * k
         layer.register_parameter("weight", weight)
         self.config.progress.expect(self.record.original_bytes)
         compat.initialize_online_processing(layer)

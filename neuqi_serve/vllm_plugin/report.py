@@ -21,6 +21,7 @@ from neuqi_serve.config import WeightSpec
 class LayerRecord:
     """One quantized layer: where its weights came from, their bytes and the seconds spent.
 
+    ``role``: ``linear``, ``lm_head`` or ``embed_tokens`` (which a tied head shares).
     ``original_bytes`` are those of the same slice in the model's dtype. ``created_at`` and ``finished_at`` are
     readings of ``time.perf_counter``.
     """
@@ -35,6 +36,7 @@ class LayerRecord:
     quantize_seconds: float = 0.0
     repack_seconds: float = 0.0
     backend: str = ""
+    role: str = "linear"
 
 
 def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
     quantized_original = sum(r.original_bytes for r in records)
     unquantized = sum(_unquantized_bytes(model))
     weights = sum(r.packed_bytes * 8 // r.spec.bits for r in records)
-    first = records[0] if records else None
+    # Width and group size of a model are those of its linear layers.
+    first = min(records, key=lambda record: record.role != "linear", default=None)
     return {
         "pid": os.getpid(),
         "rank": rank,
@@ -66,7 +69,10 @@ def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
             "original": quantized_original + unquantized,
         },
         "layers": len(records),
-        "backends": dict(Counter(r.backend for r in records)),
+        "kernels": [
+            {"backend": backend, "bits": bits, "layers": layers}
+            for (backend, bits), layers in Counter((r.backend, r.spec.bits) for r in records).items()
+        ],
         "phases": _phases(records),
         **_memory(),
         "reported_at": time.time(),

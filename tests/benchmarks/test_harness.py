@@ -82,3 +82,11 @@ def test_ratio_is_the_median_of_paired_rounds(harness):
 def test_time_alternating_refuses_nothing_to_time(harness, contenders, repeats):
     with pytest.raises(ValueError, match="at least one contender"):
         harness.time_alternating(contenders, repeats)
+
+
+def test_merged_keeps_what_was_not_measured_again(harness, tmp_path):
+    earlier = records(harness)
+    path = harness.write("case", earlier, tmp_path)
+    fresh = [harness.Record({"bits": 12}, "time", 6.0, "ns")]
+    assert harness.merged(fresh, path) == [earlier[0], *fresh]
+    assert harness.merged(fresh, tmp_path / "none.json") == fresh

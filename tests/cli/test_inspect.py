@@ -40,7 +40,7 @@ def test_inspect_as_json_carries_bits_and_bytes_per_layer(
     body = json.loads(capsys.readouterr().out)
     assert body["integrity"] == "verified"
     assert body["quantization_config"]["bits"] == 3
-    assert len(body["modules"]) == body["layers"] == 14
+    assert len(body["modules"]) == body["layers"] == 16
     assert body["modules"]["model.layers.0.mlp.up_proj"]["bits_per_weight"] == 4.0
     size = sum(tensor.nbytes for tensor in load_file(packed / "model.safetensors").values())
     assert body["bytes_after"] == size

@@ -46,7 +46,7 @@ def test_json_summary_is_all_of_stdout(
     body = json.loads(capsys.readouterr().out)
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert body["bytes_after"] == size
-    assert body["layers"] == 14
+    assert body["layers"] == 16
     assert body["output"] == str(tmp_path / "out")
 
 
@@ -57,6 +57,14 @@ def test_demo_is_the_bundled_model(
     monkeypatch.setattr("neuqi_serve.demo.model_path", lambda: source)
     assert main(["quantize", "demo", "-o", str(tmp_path / "out"), *FAST]) == 0
     assert open_checkpoint(tmp_path / "out").manifest.source["name"] == "bundled"
+
+
+def test_the_vocabulary_has_options_of_its_own(write_llama: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--lm-head-bits", "4", "--embedding-bits", "16"]
+    assert main(["quantize", str(write_llama()), "-o", str(tmp_path / "out"), *FAST, *options]) == 0
+    recipe = open_checkpoint(tmp_path / "out").recipe
+    assert recipe.spec_of("lm_head").bits == 4
+    assert recipe.keeps("model.embed_tokens")
 
 
 def test_overwrite_is_asked_for(write_llama: Callable[..., Path], tmp_path: Path) -> None:

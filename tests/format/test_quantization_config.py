@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from neuqi_serve.config import DEFAULT_SKIP, WeightSpec
+from neuqi_serve.config import DEFAULT_SKIP, VocabularyBits, WeightSpec
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.quantization_config import QuantizationRecipe, is_name_of
 
@@ -78,11 +78,59 @@ def test_packed_recipe_rejects_another_method(method: object) -> None:
 
 
 def test_online_recipe_fills_in_defaults() -> None:
-    assert QuantizationRecipe.for_online({}) == QuantizationRecipe()
     recipe = QuantizationRecipe.for_online({"bits": 2, "modules": {"o_proj": {"bits": 4}}})
     assert recipe.spec == WeightSpec(2, 128)
-    assert recipe.modules == {"o_proj": WeightSpec(4, 128)}
+    eight = WeightSpec(8, 128)
+    assert recipe.modules == {"o_proj": WeightSpec(4, 128), "lm_head": eight, "embed_tokens": eight}
     assert recipe.modules_to_not_convert == DEFAULT_SKIP
+
+
+@pytest.mark.parametrize(
+    ("settings", "head", "embedding"),
+    [
+        ({}, 8, 8),
+        ({"lm_head_bits": 4}, 4, 8),
+        ({"embedding_bits": 4, "lm_head_bits": 16}, 16, 4),
+        ({"modules_to_not_convert": ["lm_head"]}, 16, 8),
+        ({"modules": {"lm_head": {"bits": 2}}, "embedding_bits": 16}, 2, 16),
+        ({"modules_to_not_convert": ["lm_head"], "lm_head_bits": 8}, 8, 8),
+    ],
+)
+def test_online_settings_give_the_vocabulary_its_widths(
+    settings: dict[str, Any], head: int, embedding: int
+) -> None:
+    recipe = QuantizationRecipe.for_online(settings)
+    for name, bits in (("lm_head", head), ("model.embed_tokens", embedding)):
+        spec = recipe.vocabulary_spec(name)
+        assert (16 if spec is None else spec.bits) == bits
+    assert recipe.vocabulary_spec("wte") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({}, 8),
+        ({"lm_head_bits": 4}, 4),
+        ({"embedding_bits": 16}, 16),
+        ({"modules": {"embed_tokens": {"bits": 2}}}, 2),
+        ({"modules_to_not_convert": ["lm_head"]}, 16),
+    ],
+)
+def test_tied_head_and_embedding_have_one_width(settings: dict[str, Any], bits: int) -> None:
+    recipe = QuantizationRecipe.for_online(settings, tied=True)
+    specs = {recipe.vocabulary_spec(name) for name in ("lm_head", "model.embed_tokens")}
+    assert specs == {None if bits == 16 else WeightSpec(bits, 128)}
+
+
+def test_two_widths_for_one_tensor_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"one width .* got 4 and 8"):
+        QuantizationRecipe().with_vocabulary(VocabularyBits(4, 8), tied=True)
+    with pytest.raises(UsageError, match="lm_head bits must be one of"):
+        VocabularyBits(lm_head=3)
+
+
+def test_a_packed_recipe_quantizes_a_head_only_when_it_is_named() -> None:
+    assert QuantizationRecipe.from_dict(valid(modules_to_not_convert=[])).vocabulary_spec("lm_head") is None
 
 
 def test_online_recipe_takes_a_serialised_recipe_with_changes() -> None:

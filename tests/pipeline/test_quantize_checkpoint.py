@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from neuqi_kernels.reference import dequantize
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.reader import open_checkpoint
 from neuqi_serve.pipeline import quantize_checkpoint as module
@@ -54,7 +54,12 @@ def test_packed_checkpoint_holds_what_the_quantizer_gives(
     by_hand = (expected.codes - expected.zero.float()[:, columns]) * expected.scale.float()[:, columns]
     assert torch.equal(restored, by_hand)
     kept = {name for name in original if name.removesuffix(".weight") not in checkpoint.manifest.modules}
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= kept
+    assert "model.norm.weight" in kept
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & kept
+    head = checkpoint.read_module("lm_head")
+    eight = quantize_weight(original["lm_head.weight"], WeightSpec(8, 32), preset=preset)
+    assert torch.equal(head.scale, eight.scale)
+    assert head.qweight.shape == (48, 64 * 8 // 32)
     assert all(torch.equal(checkpoint.read(name), original[name]) for name in kept)
     assert {
         n for n in checkpoint.expected_tensors() if n.rpartition(".")[2] not in ("qweight", "scale", "zero")
@@ -107,14 +112,30 @@ def test_every_width_round_trips(
     assert (restored - weight).abs().max() <= step / 2 + slack
     error = checkpoint.manifest.modules[name].relative_error
     assert error == pytest.approx(float((restored - weight).norm() / weight.norm()), rel=1e-4)
-    assert summary.total.layers == 7
+    # Seven linear layers, output head and embedding.
+    assert summary.total.layers == 9
 
 
-def test_tied_embeddings_stay(write_llama: Callable[..., Path], tmp_path: Path) -> None:
-    quantize_checkpoint(write_llama(tied=True), tmp_path / "out", settings())
-    expected = open_checkpoint(tmp_path / "out").expected_tensors()
-    assert "model.embed_tokens.weight" in expected
+@pytest.mark.parametrize(("bits", "tensors"), [(16, {"weight"}), (4, {"qweight", "scale", "zero"})])
+def test_tied_embeddings_are_stored_once(
+    write_llama: Callable[..., Path], tmp_path: Path, bits: int, tensors: set[str]
+) -> None:
+    wanted = settings(vocabulary=VocabularyBits(lm_head=bits))
+    quantize_checkpoint(write_llama(tied=True), tmp_path / "out", wanted)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    checkpoint.verify()
+    expected = checkpoint.expected_tensors()
+    assert {f"model.embed_tokens.{part}" for part in tensors} <= set(expected)
     assert not any(name.startswith("lm_head") for name in expected)
+    assert checkpoint.config["tie_word_embeddings"] is True
+
+
+def test_a_head_of_its_own_is_declared_untied(write_llama: Callable[..., Path], tmp_path: Path) -> None:
+    source = write_llama(config={"tie_word_embeddings": True})
+    quantize_checkpoint(source, tmp_path / "out", settings())
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.config["tie_word_embeddings"] is False
+    assert "lm_head.qweight" in checkpoint.expected_tensors()
 
 
 def test_tokenizer_and_templates_go_along_but_weights_do_not(
@@ -174,7 +195,11 @@ def test_summary_counts_every_byte(write_llama: Callable[..., Path], tmp_path: P
     summary = quantize_checkpoint(source, tmp_path / "out", settings())
     assert summary.source_bytes == sum(tensor.nbytes for tensor in all_tensors(source).values())
     assert summary.packed_bytes == sum(tensor.nbytes for tensor in all_tensors(tmp_path / "out").values())
-    assert summary.total.bits_per_weight == pytest.approx(4.0)
+    linear = [group for group in summary.groups if group.bits == 3]
+    vocabulary = [group for group in summary.groups if group.bits == 8]
+    assert {group.kind for group in vocabulary} == {"lm_head", "embed_tokens"}
+    assert all(group.bits_per_weight == pytest.approx(4.0) for group in linear)
+    assert all(group.bits_per_weight == pytest.approx(9.0) for group in vocabulary)
 
 
 def test_relative_error_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,4 +346,4 @@ def test_earlier_weights_are_released(
 
     monkeypatch.setattr(module, "quantize_packed", count_alive)
     quantize_checkpoint(write_llama(), tmp_path / "out", settings())
-    assert alive == [0] * 14
+    assert alive == [0] * 16

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuqi_serve.config import DEFAULT_SKIP, WeightSpec
+from neuqi_serve.config import DEFAULT_SKIP, VocabularyBits, WeightSpec
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.source import open_source
 from neuqi_serve.pipeline.selection import Selection, natural_order, select_modules
@@ -16,24 +16,66 @@ LINEAR = {
 } | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # fmt: skip
 
 
-def select(folder: Path, group_size: int = 32) -> Selection:
-    return select_modules(open_source(folder), WeightSpec(3, group_size))
+def select(folder: Path, group_size: int = 32, **vocabulary: int) -> Selection:
+    return select_modules(open_source(folder), WeightSpec(3, group_size), VocabularyBits(**vocabulary))
+
+
+def in_blocks_in_order(selection: Selection) -> list[str]:
+    return [name for name in selection.modules if ".layers." in name]
+
+
+def in_blocks(selection: Selection) -> set[str]:
+    return set(in_blocks_in_order(selection))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_linear_layers_of_the_blocks_are_selected_and_nothing_else(
+def test_linear_layers_of_the_blocks_are_selected_and_the_vocabulary(
     write_llama: Callable[..., Path], tied: bool
 ) -> None:
     selection = select(write_llama(tied=tied))
-    assert set(selection.modules) == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in LINEAR}
+    assert in_blocks(selection) == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in LINEAR}
+    vocabulary = {"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"}
+    assert set(selection.modules) - in_blocks(selection) == vocabulary
+    assert selection.recipe.modules == {name: WeightSpec(8, 32) for name in ("lm_head", "embed_tokens")}
+    assert selection.tied == tied
     assert selection.modules["model.layers.1.mlp.down_proj"] == (64, 96)
     assert selection.unfit == {}
     assert selection.recipe.modules_to_not_convert == DEFAULT_SKIP
     assert selection.recipe.spec == WeightSpec(3, 32)
 
 
+def test_vocabulary_has_the_widths_asked_for(write_llama: Callable[..., Path]) -> None:
+    selection = select(write_llama(), lm_head=16, embedding=4)
+    assert "lm_head" not in selection.modules
+    assert selection.recipe.keeps("lm_head")
+    assert selection.recipe.spec_of("model.embed_tokens") == WeightSpec(4, 32)
+
+
+def test_a_tied_embedding_has_the_heads_width(write_llama: Callable[..., Path]) -> None:
+    folder = write_llama(tied=True)
+    assert select(folder, lm_head=4).recipe.spec_of("model.embed_tokens") == WeightSpec(4, 32)
+    assert select(folder, lm_head=16).recipe.keeps("model.embed_tokens")
+    with pytest.raises(UsageError, match="one width"):
+        select(folder, lm_head=4, embedding=16)
+
+
+def test_a_head_beside_a_tied_configuration_is_a_tensor_of_its_own(write_llama: Callable[..., Path]) -> None:
+    selection = select(write_llama(config={"tie_word_embeddings": True}), lm_head=4, embedding=8)
+    assert not selection.tied
+    assert selection.recipe.spec_of("lm_head").bits == 4
+
+
+def test_models_whose_vllm_class_takes_no_packed_vocabulary_keep_it(write_llama: Callable[..., Path]) -> None:
+    folder = write_llama(config={"architectures": ["GemmaForCausalLM"]})
+    selection = select(folder)
+    assert set(selection.modules) == in_blocks(selection)
+    assert selection.recipe.keeps("model.embed_tokens")
+    with pytest.raises(UsageError, match="16 bits for lm_head"):
+        select(folder, lm_head=8)
+
+
 def test_blocks_come_in_their_order(write_llama: Callable[..., Path]) -> None:
-    numbers = [int(name.split(".")[2]) for name in select(write_llama(layers=11)).modules]
+    numbers = [int(name.split(".")[2]) for name in in_blocks_in_order(select(write_llama(layers=11)))]
     assert numbers == sorted(numbers)
 
 

@@ -39,7 +39,11 @@ def test_options_that_may_need_the_hub_are_noticed(option: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--bits", "5"], "bits must be one of"), (["--group-size", "100"], "group size must be")],
+    [
+        (["--bits", "5"], "bits must be one of"),
+        (["--group-size", "100"], "group size must be"),
+        (["--lm-head-bits", "3"], "lm_head bits must be one of"),
+    ],
 )
 def test_values_outside_the_set_are_refused_early(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -78,6 +82,14 @@ def test_an_unknown_preset_ends_with_the_usage_code() -> None:
     with pytest.raises(SystemExit) as request:
         read_early(["m", "--preset", "best"])
     assert request.value.code == 2
+
+
+def test_widths_of_the_vocabulary_travel_only_when_given() -> None:
+    merged = merged_overrides({}, OwnOptions(lm_head_bits=4))["quantization_config"]
+    assert merged["lm_head_bits"] == 4
+    assert "embedding_bits" not in merged
+    with pytest.raises(UsageError, match="got 8 from --embedding-bits and 16"):
+        merged_overrides({"quantization_config": {"embedding_bits": 16}}, OwnOptions(embedding_bits=8))
 
 
 def test_overrides_of_the_user_win_over_defaults() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -118,6 +119,14 @@ def test_eager_is_chosen_unless_the_user_speaks_of_compilation() -> None:
     assert "enforce_eager" not in _chosen(_machine(), SMALL, enforce_eager=False)
 
 
+def test_compiled_norms_are_chosen_in_eager_mode_only() -> None:
+    norms = {name: ["neuqi_cpu", "native"] for name in ("rms_norm", "fused_add_rms_norm")}
+    assert _chosen(_machine(), SMALL)["ir_op_priority"] == norms
+    assert "ir_op_priority" not in _chosen(_machine(), SMALL, enforce_eager=False)
+    assert "ir_op_priority" not in _chosen(_machine(), SMALL, compilation_config={"mode": 3})
+    assert "ir_op_priority" not in _chosen(_machine(), SMALL, ir_op_priority={})
+
+
 def test_one_process_runs_the_engine_unless_the_model_is_spread() -> None:
     assert _chosen(_machine(), SMALL)["distributed_executor_backend"].endswith(".UniProcExecutor")
     assert "distributed_executor_backend" not in _chosen(_machine(), SMALL, tensor_parallel_size=2)
@@ -141,9 +150,9 @@ def test_model_max_len_reads_the_known_names() -> None:
 def test_every_choice_prints_its_value_and_reason() -> None:
     for choice in choose_defaults(_machine(), LARGE, GIB, {}):
         line = str(choice)
-        words = line.split()
         # What it prints can be given back to change it.
-        assert words[0] == "--" + choice.option.replace("_", "-")
-        assert choice.value is True or words[1] == str(choice.value)
+        flag = "--" + choice.option.replace("_", "-")
+        value = json.dumps(choice.value) if isinstance(choice.value, dict) else str(choice.value)
+        assert line.startswith(flag if choice.value is True else f"{flag} {value}")
         assert line.endswith(choice.reason)
         assert len(choice.reason) > 10

@@ -48,7 +48,7 @@ def _reports(packed: int, resident: int) -> list[dict[str, Any]]:
             "scale_dtype": "float16",
             "bits_per_weight": 4.25,
             "weight_bytes": {"packed": packed, "scale_zero": 1, "unquantized": 2, "original": 3},
-            "backends": {"reference": 5},
+            "kernels": [{"backend": "reference", "bits": 4, "layers": 5}],
             "phases": {"read": 0.25},
             "rss_bytes": resident,
             "peak_rss_bytes": resident,

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import UsageError
+from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.server.command_line import OwnOptions
 from neuqi_serve.server.defaults import SHUTDOWN_TIMEOUT_SECONDS, Choice
 from neuqi_serve.server.endpoints import GRACEFUL_SHUTDOWN_SECONDS
@@ -73,6 +75,18 @@ def test_importance_needs_a_file_and_an_unquantized_model(tmp_path: Path) -> Non
         check_settings(_packed(), OwnOptions(importance=tmp_path / "h"), None)
     with pytest.raises(UsageError, match="expected no --importance with"):
         check_settings(_plain(), OwnOptions(quantize=False, importance=tmp_path / "h"), None)
+
+
+def test_widths_of_the_vocabulary_are_checked_against_the_model() -> None:
+    recipe = QuantizationRecipe(WeightSpec(3, 64)).with_vocabulary(VocabularyBits(4, 16), tied=False)
+    packed = replace(_packed(), recipe=recipe)
+    check_settings(packed, OwnOptions(lm_head_bits=4, embedding_bits=16), None)
+    with pytest.raises(UsageError, match="expected --lm-head-bits 4, as p is packed, got 8"):
+        check_settings(packed, OwnOptions(lm_head_bits=8), None)
+    tied = replace(_plain(), config=CONFIG | {"tie_word_embeddings": True})
+    check_settings(tied, OwnOptions(lm_head_bits=4), None)
+    with pytest.raises(UsageError, match="one width"):
+        check_settings(tied, OwnOptions(lm_head_bits=4, embedding_bits=8), None)
 
 
 def test_a_foreign_model_is_served_as_it_is_and_refuses_bits() -> None:
@@ -188,14 +202,15 @@ def _expected_bytes(config: dict[str, int]) -> dict[str, float]:
         (hidden, ffn),
     ]
     weights = config["num_hidden_layers"] * sum(n * k for n, k in shapes)
-    groups = config["num_hidden_layers"] * sum(n * k // GROUP_SIZE for n, k in shapes)
+    # Head and embedding are one tensor, of a vocabulary that vLLM fills up to a multiple of 64.
+    vocabulary = -(-config["vocab_size"] // 64) * 64 * hidden
+    groups = (weights + vocabulary) // GROUP_SIZE
     norms = (2 * config["num_hidden_layers"] + 1) * hidden
-    others = 2 * (norms + config["vocab_size"] * hidden)
     return {
-        "packed": weights * BITS / 8,
+        "packed": weights * BITS / 8 + vocabulary,
         "scale_zero": groups * 2 * 2,
-        "unquantized": others,
-        "original": 2 * weights + others,
+        "unquantized": 2 * norms,
+        "original": 2 * (weights + vocabulary + norms),
     }
 
 
@@ -211,14 +226,17 @@ def test_the_metrics_show_packed_weights_and_no_others(server: Any, model_folder
     assert config["tie_word_embeddings"]
     for kind, size in _expected_bytes(config).items():
         assert samples[f'neuqi_weight_bytes{{kind="{kind}"}}'] == size, kind
-    assert samples["neuqi_bits_per_weight"] == BITS + 32 / GROUP_SIZE
+    expected = _expected_bytes(config)
+    weights = (expected["original"] - expected["unquantized"]) / 2
+    bits_per_weight = 8 * (expected["packed"] + expected["scale_zero"]) / weights
+    assert samples["neuqi_bits_per_weight"] == pytest.approx(bits_per_weight)
     info = (
         f'bits="{BITS}",group_size="{GROUP_SIZE}",model_name="tiny",scale_dtype="float16",source="on-the-fly"'
     )
     assert samples[f"neuqi_model_info{{{info}}}"] == 1
     layers = [value for name, value in samples.items() if name.startswith("neuqi_kernel_info{")]
-    # vLLM fuses q, k, v and gate, up: four linear layers are left of a block's seven.
-    assert sum(layers) == 4 * config["num_hidden_layers"]
+    # vLLM fuses q, k, v and gate, up: four linear layers are left of a block's seven; the tied embedding is one more.
+    assert sum(layers) == 4 * config["num_hidden_layers"] + 1
     assert samples['neuqi_load_phase_duration_seconds{phase="quantize"}'] > 0
     for process in ("api", "engine"):
         assert samples[f'neuqi_process_resident_bytes{{process="{process}"}}'] > 1 << 26

@@ -23,7 +23,10 @@ def _report(rank: int, **changes: Any) -> dict[str, Any]:
         "scale_dtype": "float16",
         "bits_per_weight": 3.5,
         "weight_bytes": {"packed": 300, "scale_zero": 50, "unquantized": 7, "original": 1607},
-        "backends": {"cpu_blocks": 2, "reference": 1},
+        "kernels": [
+            {"backend": "cpu_blocks", "bits": 3, "layers": 2},
+            {"backend": "cpu_blocks", "bits": 8, "layers": 1},
+        ],
         "phases": {"read": 1.0 + rank, "quantize": 0.5},
         "rss_bytes": 1000 + rank,
         "peak_rss_bytes": 2000 + rank,
@@ -48,6 +51,7 @@ def test_one_worker_is_published_as_it_reports() -> None:
     assert samples['neuqi_weight_bytes{kind="original"}'] == 1607
     assert samples["neuqi_bits_per_weight"] == 3.5
     assert samples['neuqi_kernel_info{backend="cpu_blocks",bits="3"}'] == 2
+    assert samples['neuqi_kernel_info{backend="cpu_blocks",bits="8"}'] == 1
     assert samples['neuqi_load_phase_duration_seconds{phase="read"}'] == 1.0
     assert samples['neuqi_process_resident_bytes{process="engine"}'] == 1000
     assert samples['neuqi_process_peak_resident_bytes{process="engine"}'] == 2000
@@ -56,7 +60,7 @@ def test_one_worker_is_published_as_it_reports() -> None:
 def test_bytes_and_layers_of_ranks_are_summed_and_phases_are_the_slowest() -> None:
     summary = summarize_reports([_report(0), _report(1)])
     assert summary.weight_bytes == {"packed": 600, "scale_zero": 100, "unquantized": 14, "original": 3214}
-    assert summary.backends == {"cpu_blocks": 4, "reference": 2}
+    assert summary.kernels == {("cpu_blocks", "3"): 4, ("cpu_blocks", "8"): 2}
     assert summary.phases == {"read": 2.0, "quantize": 0.5}
     assert summary.processes == {
         "engine_rank0": ProcessMemory(1000, 2000),
@@ -79,7 +83,7 @@ def test_an_unquantized_model_shows_no_bits_per_weight() -> None:
         scale_dtype=None,
         bits_per_weight=None,
         weight_bytes={"packed": 0, "scale_zero": 0, "unquantized": 9, "original": 9},
-        backends={},
+        kernels=[],
         phases={},
     )
     registry = CollectorRegistry()

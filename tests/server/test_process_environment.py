@@ -8,8 +8,10 @@ import pytest
 
 from neuqi_serve.server.machine import Machine
 from neuqi_serve.server.process_environment import (
+    SPIN_COUNT,
     adopt_environment,
     apply_environment,
+    explain_environment,
     inherited_environment,
     vllm_environment,
 )
@@ -40,6 +42,23 @@ def test_a_quota_counts_instead_of_the_mask() -> None:
 def test_many_free_cores_are_left_to_vllm() -> None:
     chosen = vllm_environment(_machine(16, 16), offline=False)
     assert not {"VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"} & set(chosen)
+
+
+def test_waiting_threads_spin_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert vllm_environment(_machine(2, 2), offline=False)["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
+    # A count would override the policy that the user set.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in vllm_environment(_machine(2, 2), offline=False)
+
+
+def test_what_decides_about_the_cores_is_explained() -> None:
+    chosen = vllm_environment(_machine(2, 2), offline=False)
+    lines = explain_environment(chosen)
+    assert any(line.startswith("OMP_NUM_THREADS=2 ") for line in lines)
+    assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
+    # What the user had set is not ours to explain.
+    assert explain_environment({}) == []
 
 
 def test_an_accelerator_gets_none_of_the_settings_for_cpus() -> None:

@@ -57,6 +57,21 @@ class BlocksBackend:
             y[:, block] = part
         return y.view(*x.shape[:-1], n)
 
+    def embedding(
+        self,
+        ids: torch.Tensor,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return ``reference.embedding``."""
+        return reference.embedding(ids, qweight, scale, zero, bits, group_size, dtype)
+
     def dequantize(
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec
     ) -> torch.Tensor:

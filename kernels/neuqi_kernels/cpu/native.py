@@ -153,6 +153,55 @@ class NativeBackend:
             )
         return y
 
+    def embedding(
+        self,
+        ids: torch.Tensor,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the rows ``ids [...]`` of ``Ŵ`` as ``[..., k]``; the slow twin is ``reference.embedding``.
+
+        Raises:
+            IndexError: an id is not in ``[0, n)``.
+            ValueError: the tensors do not belong together, or a dtype is not supported.
+        """
+        loaded = self._loaded
+        if isinstance(loaded, str):
+            raise ValueError(f"expected a usable backend, cpu_native refuses: {loaded}. Choose another.")
+        shape, group, kind, scale_kind = _call_plan(n, k, bits, group_size, dtype, scale.dtype)
+        if qweight.shape != shape or not qweight.is_contiguous():
+            raise ValueError(
+                f"expected weights prepared for N={n}, K={k}, {bits} bits and groups of {group} as contiguous "
+                f"{list(shape)}, got {list(qweight.shape)}. Prepare them with the same spec."
+            )
+        rows = ids.to(torch.int64).contiguous()
+        y = torch.empty((*ids.shape, k), dtype=dtype)
+        failed = loaded[0].neuqi_cpu_gather(
+            qweight.data_ptr(),
+            rows.data_ptr(),
+            y.data_ptr(),
+            rows.numel(),
+            n,
+            k,
+            bits,
+            group,
+            scale_kind,
+            kind,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise IndexError(
+                f"expected ids in [0, {n}), got {int(rows.min())} to {int(rows.max())}. Does the tokenizer belong "
+                "to the model?"
+            )
+        return y
+
     def dequantize(
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec
     ) -> torch.Tensor:

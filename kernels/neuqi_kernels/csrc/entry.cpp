@@ -6,6 +6,7 @@
 #include <sys/auxv.h>
 #endif
 
+#include "gather.h"
 #include "layout.h"
 #include "repack.h"
 #include "team.h"
@@ -16,7 +17,7 @@
 namespace {
 
 // Raise with every change of the functions below or of the tile layout.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 // Instruction sets, weakest first within an architecture; the numbers are part of the interface.
 enum Isa { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Vnni = 4, kNeon = 5, kIsaCount = 6 };
@@ -144,4 +145,11 @@ NEUQI_EXPORT uint64_t neuqi_cpu_read(const void* data, int64_t bytes, int thread
   Read job{static_cast<const uint64_t*>(data), bytes / 8 / kReadWords};
   neuqi::team_run(read_chunks, &job, threads);
   return job.sum;
+}
+
+// y [count, k] = rows `ids` (int64) of Ŵ [n, k], in the type of `y_kind`. Returns 0, or 1 when an id is out of range.
+NEUQI_EXPORT int neuqi_cpu_gather(const void* tiles, const void* ids, void* y, int64_t count, int64_t n, int64_t k,
+                                  int bits, int64_t group, int scale_kind, int y_kind, int threads) {
+  return !neuqi::gather({n, k, group, bits, scale_kind}, static_cast<const uint8_t*>(tiles),
+                        static_cast<const int64_t*>(ids), count, y, y_kind, threads);
 }

@@ -86,6 +86,26 @@ class TritonBackend:
         y = launch.gemm(chosen, target, tokens, qweight, scale, zero, bias, n, bits, group)
         return y.view(*x.shape[:-1], n)
 
+    def embedding(
+        self,
+        ids: torch.Tensor,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the rows ``ids [...]`` of ``Ŵ`` as ``[..., k]``: a gather in torch, then the reference."""
+        rows = ids.reshape(-1)
+        codes = planar.rows_from_planar(qweight, rows, k, bits)
+        group = k if group_size == -1 else group_size
+        pairs = scale[: k // group, rows].permute(2, 1, 0)
+        weight = reference.dequantize(codes, pairs[0], pairs[1], bits, group_size, dtype)
+        return weight.view(*ids.shape, k)
+
     def dequantize(
         self, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: GemmSpec
     ) -> torch.Tensor:

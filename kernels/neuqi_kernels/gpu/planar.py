@@ -84,6 +84,16 @@ def from_planar(planar: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor
     return pack(codes[:n, :k].contiguous(), bits)
 
 
+def rows_from_planar(planar: torch.Tensor, rows: torch.Tensor, k: int, bits: int) -> torch.Tensor:
+    """Return the canonical ``qweight [R, k·bits/32]`` of the ``rows [R]`` (int64)."""
+    count = rows.shape[0]
+    chosen = planar[rows // TILE_ROWS, :, :, rows % TILE_ROWS]
+    filled = chosen.new_zeros(row_tiles(count) * TILE_ROWS, *chosen.shape[1:])
+    filled[:count] = chosen
+    tiles = filled.view(-1, TILE_ROWS, *chosen.shape[1:]).permute(0, 2, 3, 1, 4)
+    return from_planar(tiles, count, k, bits)
+
+
 def fuse_scale_zero(
     scale: torch.Tensor, zero: torch.Tensor, bits: int, group: int, groups: int
 ) -> torch.Tensor:

@@ -30,7 +30,10 @@ Key = tuple[str, int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest plan of a layer for up to ``tokens`` tokens; ``ratio``: the rule's time divided by its time."""
+    """The fastest plan of a layer for up to ``tokens`` tokens; ``ratio``: the rule's time divided by its time.
+
+    ``backend``: another backend of the dispatch where it was measured to be faster still, see ``preference.py``.
+    """
 
     bits: int
     group: int
@@ -40,6 +43,7 @@ class Entry:
     plan: Plan
     microseconds: float
     ratio: float
+    backend: str = "triton"
 
 
 @dataclass(frozen=True)
