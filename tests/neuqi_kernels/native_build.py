@@ -22,11 +22,19 @@ def run(arguments: Sequence[str | Path], timeout: float) -> str:
 
 
 def build(
-    compiler: str, architecture: str, folder: Path, flags: Sequence[str] = (), link: Sequence[str] = ()
+    compiler: str,
+    architecture: str,
+    folder: Path,
+    flags: Sequence[str] = (),
+    common_flags: Sequence[str] = (),
+    link: Sequence[str] = (),
 ) -> Path:
-    """Compile every file of the library for an architecture, `flags` behind its usual ones, and link the driver."""
+    """Compile the files of the product for an architecture, with the driver, and link.
+
+    `flags` come behind the usual ones, `common_flags` too in what is not for one instruction set.
+    """
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    usual = [*setup["FLAGS"], "-Werror", "-Wno-error=maybe-uninitialized", *flags]
+    usual = [*setup["FLAGS"], *flags]
     variants = [
         variant
         for variant in setup["VARIANTS"][architecture]
@@ -35,8 +43,8 @@ def build(
     macros = [f"-D{macro}" for macro, _, _ in variants]
     # The longest first.
     jobs = [(CSRC / source, own) for _, source, own in variants]
-    jobs += [(CSRC / source, macros) for source in reversed(setup["COMMON"])]
-    jobs += [(FOLDER / "native_driver.cpp", ["-ffp-contract=off", f"-I{CSRC}"])]
+    jobs += [(CSRC / source, [*macros, *common_flags]) for source in reversed(setup["COMMON"])]
+    jobs += [(FOLDER / "native_driver.cpp", ["-ffp-contract=off", f"-I{CSRC}", *common_flags])]
 
     def compile_file(job: tuple[Path, list[str]]) -> Path:
         source, own = job
@@ -47,7 +55,7 @@ def build(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_file, jobs))
     program = folder / "native_driver"
-    run([compiler, *flags, *link, *objects, "-o", program, "-ldl", "-lpthread"], 300)
+    run([compiler, *flags, *common_flags, *link, *objects, "-o", program, "-ldl", "-lpthread"], 300)
     return program
 
 

@@ -23,6 +23,8 @@ void neuqi_cpu_dequantize(const void* tiles, float* weight, int64_t n, int64_t k
                           int scale_kind, int threads);
 int neuqi_cpu_gemm(int isa, const void* x, const void* tiles, const void* bias, void* y, int64_t m, int64_t n,
                    int64_t k, int bits, int64_t group, int x_kind, int scale_kind, int bias_kind, int threads);
+int neuqi_cpu_gather(const void* tiles, const void* ids, void* y, int64_t count, int64_t n, int64_t k, int bits,
+                     int64_t group, int scale_kind, int y_kind, int threads);
 uint64_t neuqi_cpu_read(const void* data, int64_t bytes, int threads);
 }
 
@@ -129,10 +131,32 @@ struct Layer {
     neuqi_cpu_dequantize(tiles.data(), reinterpret_cast<float*>(weight.data()), c.n, c.k, c.bits, c.group, c.scale_kind,
                          c.threads);
     for (int64_t i = 0; i < c.n * c.k; ++i) {
-      const int64_t row = i / c.k, at = i % c.k;
-      const float expected = (float(code(row, at)) - float(zero_of(row, at))) * float(scale_of(row, at));
-      if (load_scalar(weight.data(), i, kFloat32) != expected) fail("dequantize differs from its definition", c.name);
+      if (load_scalar(weight.data(), i, kFloat32) != weight_of(i / c.k, i % c.k))
+        fail("dequantize differs from its definition", c.name);
     }
+  }
+
+  float weight_of(int64_t row, int64_t i) const {
+    return (float(code(row, i)) - float(zero_of(row, i))) * float(scale_of(row, i));
+  }
+
+  int gather(const std::vector<int64_t>& ids, Buffer& y) {
+    return neuqi_cpu_gather(tiles.data(), ids.data(), y.data(), int64_t(ids.size()), c.n, c.k, c.bits, c.group,
+                            c.scale_kind, c.x_kind, c.threads);
+  }
+
+  void check_gathered() {
+    const int bytes = kind_bytes(c.x_kind);
+    const std::vector<int64_t> ids{c.n - 1, 0, c.n / 2};
+    Buffer rows(3 * c.k * bytes, c.misaligned ? bytes : 0), expected(bytes, 0);
+    if (gather(ids, rows)) fail("gather refuses rows that are there", c.name);
+    for (int64_t i = 0; i < 3 * c.k; ++i) {
+      store_scalar(expected.data(), 0, c.x_kind, weight_of(ids[size_t(i / c.k)], i % c.k));
+      if (std::memcmp(rows.data() + i * bytes, expected.data(), size_t(bytes)))
+        fail("gather differs from its definition", c.name);
+    }
+    for (int64_t id : {c.n, int64_t(-1)})
+      if (!gather({0, id, 0}, rows)) fail("gather takes a row that is not there", c.name);
   }
 };
 
@@ -218,6 +242,7 @@ bool same(const Case& c, const Buffer& a, const Buffer& b) {
 void run_case(const Case& c, int usable, Random& random, int64_t (&counts)[kIsas]) {
   Layer layer(c, random);
   layer.check_dequantized();
+  layer.check_gathered();
   const Buffer x = activations(c, random);
   const int bias_bytes = kind_bytes(c.bias_kind), bytes = kind_bytes(c.x_kind);
   Buffer bias(c.n * bias_bytes, c.misaligned ? bias_bytes : 0);
