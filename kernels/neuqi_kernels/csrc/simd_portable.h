@@ -1,4 +1,4 @@
-// Any CPU: plain loops that the compiler turns into whatever vectors it has.
+// Any CPU: 32-bit lanes in the compiler's own vector types, which it turns into whatever vectors there are.
 #pragma once
 
 #include <cmath>
@@ -10,21 +10,15 @@ namespace {
 
 struct Portable {
   static constexpr int kLanes = 4;
-  struct Codes {
-    uint8_t of[4 * kLanes];
-  };
+  typedef uint32_t Codes __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t Sums __attribute__((vector_size(4 * kLanes)));
+  typedef float Floats __attribute__((vector_size(4 * kLanes)));
   struct Digits {
-    int8_t of[4];
-  };
-  struct Sums {
-    int32_t of[kLanes];
-  };
-  struct Floats {
-    float of[kLanes];
+    int32_t of[4];
   };
 
   static constexpr int vectors(int, int) { return 1; }
-  static constexpr int most_rows(int) { return 4; }
+  static constexpr int most_rows(int) { return 2; }
 
   static void pause() {}
 
@@ -33,75 +27,50 @@ struct Portable {
     std::memcpy(&codes, from, sizeof codes);
     return codes;
   }
+  // Bits of the neighbour byte come along; a mask removes them.
   template <int S>
   static NEUQI_INLINE Codes shift_right(Codes codes) {
-    for (uint8_t& code : codes.of) code = uint8_t(code >> S);
-    return codes;
+    return codes >> S;
   }
-  static NEUQI_INLINE Codes mask(Codes codes, int byte) {
-    for (uint8_t& code : codes.of) code = uint8_t(code & byte);
-    return codes;
-  }
-  static NEUQI_INLINE Codes either(Codes a, const Codes& b) {
-    for (int i = 0; i < 4 * kLanes; ++i) a.of[i] = uint8_t(a.of[i] | b.of[i]);
-    return a;
-  }
+  static NEUQI_INLINE Codes mask(Codes codes, int byte) { return codes & in_every_byte(uint32_t(byte)); }
+  static NEUQI_INLINE Codes either(Codes a, Codes b) { return a | b; }
 
   static NEUQI_INLINE Digits broadcast(const int32_t* x) {
-    Digits digits;
-    std::memcpy(&digits, x, sizeof digits);
-    return digits;
+    int8_t bytes[4];
+    std::memcpy(bytes, x, sizeof bytes);
+    return {{bytes[0], bytes[1], bytes[2], bytes[3]}};
   }
-  static NEUQI_INLINE Sums no_sums() { return {}; }
+  static NEUQI_INLINE Sums no_sums() { return Sums{}; }
   template <bool W>
-  static NEUQI_INLINE Sums dot(Sums sums, const Codes& codes, const Digits& digits) {
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < 4; ++i) sums.of[lane] += codes.of[4 * lane + i] * digits.of[i];
-    return sums;
+  static NEUQI_INLINE Sums dot(Sums sums, Codes codes, Digits digits) {
+    sums += reinterpret_cast<Sums>(codes & 0xFF) * digits.of[0];
+    sums += reinterpret_cast<Sums>(codes >> 8 & 0xFF) * digits.of[1];
+    sums += reinterpret_cast<Sums>(codes >> 16 & 0xFF) * digits.of[2];
+    return sums + reinterpret_cast<Sums>(codes >> 24) * digits.of[3];
   }
   static NEUQI_INLINE void keep_in_register(Sums&) {}
-  static NEUQI_INLINE Sums shift_left_8(Sums sums) {
-    for (int32_t& sum : sums.of) sum *= 256;
-    return sums;
-  }
-  static NEUQI_INLINE Sums add(Sums a, const Sums& b) {
-    for (int lane = 0; lane < kLanes; ++lane) a.of[lane] += b.of[lane];
-    return a;
-  }
+  static NEUQI_INLINE Sums shift_left_8(Sums sums) { return sums * 256; }
+  static NEUQI_INLINE Sums add(Sums a, Sums b) { return a + b; }
 
-  static NEUQI_INLINE Floats to_floats(const Sums& sums) {
-    Floats values;
-    for (int lane = 0; lane < kLanes; ++lane) values.of[lane] = float(sums.of[lane]);
-    return values;
-  }
-  static NEUQI_INLINE Floats all(float value) {
-    Floats values;
-    for (float& one : values.of) one = value;
-    return values;
-  }
+  static NEUQI_INLINE Floats to_floats(Sums sums) { return __builtin_convertvector(sums, Floats); }
+  static NEUQI_INLINE Floats all(float value) { return value - Floats{}; }
   static NEUQI_INLINE Floats load(const float* from) {
     Floats values;
     std::memcpy(&values, from, sizeof values);
     return values;
   }
-  static NEUQI_INLINE void store(float* to, const Floats& values) { std::memcpy(to, &values, sizeof values); }
-  static NEUQI_INLINE Floats multiply(Floats a, const Floats& b) {
-    for (int lane = 0; lane < kLanes; ++lane) a.of[lane] *= b.of[lane];
-    return a;
-  }
-  static NEUQI_INLINE Floats multiply_add(Floats a, const Floats& b, const Floats& c) {
-    for (int lane = 0; lane < kLanes; ++lane) a.of[lane] = std::fma(a.of[lane], b.of[lane], c.of[lane]);
+  static NEUQI_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+  static NEUQI_INLINE Floats multiply(Floats a, Floats b) { return a * b; }
+  static NEUQI_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+    for (int lane = 0; lane < kLanes; ++lane) a[lane] = std::fma(a[lane], b[lane], c[lane]);
     return a;
   }
   // a − b·c.
-  static NEUQI_INLINE Floats subtract_product(Floats a, const Floats& b, const Floats& c) {
-    for (int lane = 0; lane < kLanes; ++lane) a.of[lane] = std::fma(-b.of[lane], c.of[lane], a.of[lane]);
-    return a;
-  }
+  static NEUQI_INLINE Floats subtract_product(Floats a, Floats b, Floats c) { return multiply_add(-b, c, a); }
 
   static NEUQI_INLINE Floats load_floats(const void* data, int64_t index, int kind) {
     Floats values;
-    for (int lane = 0; lane < kLanes; ++lane) values.of[lane] = load_scalar(data, index + lane, kind);
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = load_scalar(data, index + lane, kind);
     return values;
   }
 };
