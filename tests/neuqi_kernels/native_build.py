@@ -28,17 +28,21 @@ def build(
     flags: Sequence[str] = (),
     common_flags: Sequence[str] = (),
     link: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> Path:
     """Compile the files of the product for an architecture, with the driver, and link.
 
-    `flags` come behind the usual ones, `common_flags` too in what is not for one instruction set.
+    `flags` come behind the usual ones, `common_flags` too in what is not for one instruction set. `without`: sources
+    of instruction sets to leave out.
     """
     setup = runpy.run_path(str(ROOT / "setup.py"))
     usual = [*setup["FLAGS"], *flags]
     variants = [
         variant
         for variant in setup["VARIANTS"][architecture]
-        if variant[1].startswith("gemm_") and setup["compiles"]([compiler], setup["PROBE"], variant[2])
+        if variant[1].startswith("gemm_")
+        and variant[1] not in without
+        and setup["compiles"]([compiler], setup["PROBE"], variant[2])
     ]
     macros = [f"-D{macro}" for macro, _, _ in variants]
     # The longest first.
