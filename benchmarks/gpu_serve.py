@@ -133,7 +133,7 @@ def run_all(model: Path, options: argparse.Namespace) -> tuple[list[Record], dic
     widths = [UNQUANTIZED_BITS, *options.bits]
     records: list[Record] = []
     failed: dict[str, str] = {}
-    backends: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     dense: dict[str, Any] | None = None
     for bits in widths:
         configuration = Configuration(bits, options.group_size)
@@ -145,9 +145,9 @@ def run_all(model: Path, options: argparse.Namespace) -> tuple[list[Record], dic
             continue
         if bits == UNQUANTIZED_BITS:
             dense = measured
-        backends[str(configuration)] = measured["backends"]
+        kernels[str(configuration)] = measured["kernels"]
         records += records_of(configuration, measured, dense, options.shape)
-    return records, {"failed": failed, "backends": backends}
+    return records, {"failed": failed, "kernels": kernels}
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "engine_seconds": engine_seconds,
         "phases": report["phases"],
-        "backends": report["backends"],
+        "kernels": report["kernels"],
         "weight_bytes": weights["packed"] + weights["scale_zero"] + weights["unquantized"],
         "load_peak_bytes": load_peak - before if on_gpu else report["peak_rss_bytes"],
         "peak_bytes": sampler.peak - before if on_gpu else resident_peak_bytes(llm),

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from neuqi_serve.config import WHOLE_ROW, WeightSpec
+from neuqi_serve.config import UNQUANTIZED_BITS, WHOLE_ROW, VocabularyBits, WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
 from neuqi_serve.format.importance import write_sidecar
 from neuqi_serve.format.source import open_source
@@ -75,7 +75,11 @@ def measure_importance(
         raise UsageError(f"expected at least 2 tokens in all and in a window, got {tokens} and {window}.")
     if not text.is_file():
         raise UsageError(f"expected a text file, got {text}. Check the path.")
-    selection = select_modules(open_source(model_folder), WeightSpec(group_size=WHOLE_ROW))
+    # Output head and embedding are packed without an importance.
+    whole_rows = WeightSpec(group_size=WHOLE_ROW)
+    selection = select_modules(
+        open_source(model_folder), whole_rows, VocabularyBits(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

@@ -23,8 +23,9 @@ def test_on_a_processor_it_runs_end_to_end(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["gpu_serve_cpu.json"]
     result = json.loads((tmp_path / "gpu_serve_cpu.json").read_text())
     assert result["notes"]["failed"] == {}
-    # Seven linear layers of each of the two blocks, some of them fused.
-    assert sum(result["notes"]["backends"]["3 bits, group 128"].values()) == 2 * 4
+    # Seven linear layers of each of the two blocks, some of them fused; the output head and the embedding.
+    layers = {entry["bits"]: entry["layers"] for entry in result["notes"]["kernels"]["3 bits, group 128"]}
+    assert layers == {3: 2 * 4, 8: 2}
     found = {}
     for record in result["records"]:
         found.setdefault(record["metric"], {})[record["case"]["bits"], record["case"].get("batch")] = record
@@ -67,7 +68,7 @@ def serve(load, monkeypatch, tmp_path):
 RESULT = {
     "engine_seconds": 9.0,
     "phases": {"read": 2.0},
-    "backends": {"triton": 4},
+    "kernels": [{"backend": "triton", "bits": 4, "layers": 4}],
     "weight_bytes": 100,
     "load_peak_bytes": 150,
     "peak_bytes": 200,

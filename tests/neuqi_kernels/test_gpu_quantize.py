@@ -21,20 +21,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def worker(script: str, folder: Path, interpret: str) -> Any:
-    return runpy.run_path(str(FOLDER / "gpu_worker.py"))["Worker"](script, folder, TRITON_INTERPRET=interpret)
+def workers(script: str, scratch: Path, interpret: str) -> Any:
+    pool = runpy.run_path(str(FOLDER / "gpu_worker.py"))["Pool"]
+    return pool(script, scratch, TRITON_INTERPRET=interpret)
 
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    process = worker("quantize_interpreter.py", tmp_path_factory.mktemp("interpreter"), "1")
+    process = workers("quantize_interpreter.py", tmp_path_factory.mktemp("interpreter"), "1")
     yield process
     process.close()
 
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    process = worker("quantize_compile.py", tmp_path_factory.mktemp("compile"), "0")
+    process = workers("quantize_compile.py", tmp_path_factory.mktemp("compile"), "0")
     yield process
     process.close()
 
