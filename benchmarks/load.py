@@ -43,6 +43,8 @@ SAMPLE_SECONDS = 0.02
 TREE_SAMPLES = 20
 UNQUANTIZED, PACKED, ON_THE_FLY = "unquantized", "packed", "on the fly"
 FIRST, SECOND = "first, cache", "second, cache"
+# Parameters of the models that the time of quantizing is extrapolated to: those of Llama 3.1.
+LARGER = {"8B": 8_030_261_248, "70B": 70_553_706_496}
 # Which start each one is compared with.
 REFERENCE = {PACKED: UNQUANTIZED, ON_THE_FLY: UNQUANTIZED, FIRST: ON_THE_FLY, SECOND: PACKED}
 
@@ -298,6 +300,24 @@ def records_of(starts: dict[str, list[Start]], options: argparse.Namespace, shap
     return records
 
 
+def extrapolated(records: list[Record], shape: Shape) -> list[Record]:
+    """Quantizing larger models on these cores, at the seconds per weight of the model that was measured.
+
+    Nothing of that size was run: a stated extrapolation, in proportion to the number of parameters.
+    """
+    return [
+        Record(
+            {**record.case, "parameters": parameters, "extrapolated from": shape.parameters()},
+            f"quantize_seconds_extrapolated_{name}",
+            record.value * parameters / shape.parameters(),
+            "s",
+        )
+        for record in records
+        if record.metric == "quantize_seconds" and record.value > 0
+        for name, parameters in LARGER.items()
+    ]
+
+
 def joined(files: list[Path]) -> list[Record]:
     """Records of several result files of this script: the medians of the values, and ratios of those."""
     runs = [json.loads(file.read_text())["records"] for file in files]
@@ -346,6 +366,7 @@ def main() -> int:
         if not model.exists():
             write_checkpoint(model, shape)
         records = records_of(run_starts(options, model, folder), options, shape)
+        records += extrapolated(records, shape)
     finally:
         if options.folder is None:
             shutil.rmtree(folder)
