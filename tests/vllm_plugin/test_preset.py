@@ -48,10 +48,10 @@ def test_balanced_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_additional_config_keeps_or_replaces_the_preset(
     settings: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    current = SimpleNamespace(additional_config={"neuqi": settings})
+    current = SimpleNamespace(additional_config={"neuqi": settings}, model_config=None)
     monkeypatch.setattr(config_module, "get_current_vllm_config_or_none", lambda: current)
     config = NeuqiConfig.from_config({"quant_method": "neuqi", "online": True, "preset": "fast"})
-    config._read_additional_config()
+    config._complete_recipe()
     assert preset_used(config, monkeypatch) == expected
 
 
