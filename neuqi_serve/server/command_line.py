@@ -168,6 +168,7 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize while loading, and keep nothing for the next start (default: pack once into the cache)",
     )
+    group.add_argument("--no-ui", action="store_true", help="serve no page for the browser at /")
 
 
 def own_parser() -> argparse.ArgumentParser:

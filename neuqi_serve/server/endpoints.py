@@ -1,4 +1,4 @@
-"""What runs beside vLLM's API in the API process: our metrics, the shutdown deadline, and the line that says "ready".
+"""What runs beside vLLM's API in the API process: the page, our metrics, the shutdown deadline, the line that says "ready".
 
 Entry point of ``vllm.endpoint_plugins``; vLLM loads it when ``VLLM_PLUGINS`` names it, as ``neuqi serve`` does.
 """
@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from neuqi_serve._version import VERSION
+from neuqi_serve.server.chat_page import attach_page
 from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.live_stats import attach_stats
 from neuqi_serve.server.metrics import NeuqiMetrics, own_memory, summarize_reports
 
 # A child of vLLM's logger, so that its handler prints our lines.
@@ -28,7 +30,7 @@ GRACEFUL_SHUTDOWN_SECONDS = 5
 
 
 class NeuqiEndpoints:
-    """The endpoint plugin ``neuqi``: adds no route, so that ``--api-key`` has nothing new to guard."""
+    """The endpoint plugin ``neuqi``: the page at ``/``, and what it shows under ``/v1``, which ``--api-key`` guards."""
 
     name = "neuqi"
     required_tasks = None
@@ -37,7 +39,11 @@ class NeuqiEndpoints:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def attach_router(self, app: Any) -> None:
-        """Add no route: the metrics appear in vLLM's own ``/metrics``."""
+        """Add the page, unless ``--no-ui`` was given, and its numbers; the metrics appear in vLLM's ``/metrics``."""
+        attach_stats(app)
+        # Under `vllm serve` nobody asked for a page.
+        if not getattr(app.state.args, "no_ui", True):
+            attach_page(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the background tasks; the engine is up by now, the HTTP server not yet."""

