@@ -21,7 +21,8 @@ from neuqi_serve.config import WeightSpec
 class LayerRecord:
     """One quantized layer: where its weights came from, their bytes and the seconds spent.
 
-    ``role``: ``linear``, ``lm_head`` or ``embed_tokens`` (which a tied head shares).
+    ``role``: ``linear``, ``experts`` (of which a layer has two records, one for each of its products), ``lm_head`` or
+    ``embed_tokens`` (which a tied head shares).
     ``original_bytes`` are those of the same slice in the model's dtype. ``created_at`` and ``finished_at`` are
     readings of ``time.perf_counter``.
     """
@@ -80,8 +81,11 @@ def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
 
 
 def _records(model: torch.nn.Module) -> list[LayerRecord]:
-    found = (getattr(module, "neuqi_record", None) for module in model.modules())
-    return [record for record in found if isinstance(record, LayerRecord)]
+    found: list[LayerRecord] = []
+    for module in model.modules():
+        held = getattr(module, "neuqi_record", ())
+        found += held if isinstance(held, tuple) else (held,)
+    return found
 
 
 def _phases(records: list[LayerRecord]) -> dict[str, float]:

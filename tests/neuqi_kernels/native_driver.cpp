@@ -276,7 +276,7 @@ Buffer random_experts(int64_t experts, int64_t n, int64_t k, int bits, int64_t g
     std::vector<uint32_t> qweight(static_cast<size_t>(n * words));
     for (uint32_t& word : qweight) word = random.next();
     std::vector<float> scale(static_cast<size_t>(n * (k / group))), zero(scale.size());
-    for (float& value : scale) value = float(random.uniform() * 0.1);
+    for (float& value : scale) value = float(random.uniform() / (1 << bits));
     for (float& value : zero) value = float(random.uniform() * (1 << bits));
     neuqi_cpu_repack(qweight.data(), scale.data(), zero.data(), tiles.data() + e * bytes, n, k, bits, group, kFloat32, 1);
   }
