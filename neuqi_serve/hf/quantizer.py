@@ -58,7 +58,7 @@ class NeuqiHfQuantizer(HfQuantizer):
         _tie(model)
         return model
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Whether this is the weight of a layer that is packed while it is loaded."""
         name, _, part = param_name.rpartition(".")
         module = model.get_submodule(name)
