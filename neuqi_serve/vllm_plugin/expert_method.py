@@ -207,7 +207,7 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
             stack.record.packed_bytes = canonical[0].nbytes
             stack.record.scale_zero_bytes = canonical[1].nbytes + canonical[2].nbytes
             prepared = run.prepare(canonical[0], canonical[1], canonical[2], spec)
-            for part in ("weight", *PARTS):
+            for part in PARTS:
                 if hasattr(layer, f"{name}_{part}"):
                     delattr(layer, f"{name}_{part}")
             for part, tensor in zip(PARTS, prepared, strict=True):

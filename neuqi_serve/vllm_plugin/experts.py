@@ -121,10 +121,14 @@ class NeuqiOnlineExpertsMethod(NeuqiExpertsMethod):
         return found if found is None or k == whole else found.narrow(0, self.tp_rank * k, k)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that every expert arrived, after the last of which the layer was ready.
+        """Check that every expert arrived, with the last of which the layer became ready.
 
         Raises:
             IntegrityError: a matrix never arrived.
         """
         if not getattr(layer, DONE, False):
             self._check_arrived(("weight",))
+        # Not before, as the loader still offers the experts of other ranks.
+        for name in self.stacks:
+            if hasattr(layer, f"{name}_weight"):
+                delattr(layer, f"{name}_weight")

@@ -114,11 +114,15 @@ def _unquantized_bytes(model: torch.nn.Module) -> Iterator[int]:
 
 def _emptied_bytes(module: torch.nn.Module, parameter: torch.nn.Parameter) -> int:
     """Bytes of a weight that vLLM has handed to a CPU kernel and emptied: its size is left in the module."""
-    n = getattr(module, "output_size_per_partition", None) or getattr(
-        module, "num_embeddings_per_partition", 0
+    # A replicated layer, such as a router, has whole sizes only.
+    sizes = (
+        ("output_size_per_partition", "num_embeddings_per_partition", "output_size"),
+        ("input_size_per_partition", "embedding_dim", "input_size"),
     )
-    k = getattr(module, "input_size_per_partition", None) or getattr(module, "embedding_dim", 0)
-    return (int(n) if n else 0) * (int(k) if k else 0) * parameter.element_size()
+    n, k = (
+        next((getattr(module, name) for name in names if getattr(module, name, None)), 0) for names in sizes
+    )
+    return int(n) * int(k) * parameter.element_size()
 
 
 def _memory() -> dict[str, int]:
