@@ -21,12 +21,16 @@ class Environment:
 
     ``cache_dir``: packed weights of earlier starts (``NEUQI_CACHE_DIR``, else ``$XDG_CACHE_HOME/neuqi``, else
     ``~/.cache/neuqi``). ``cache_max_bytes``: what they may take together (``NEUQI_CACHE_MAX_GIB``), None for the
-    default.
+    default. ``hub_offline``, ``hub_token``: whether ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` are set. ``plain``: no colors
+    (``NO_COLOR``, or ``TERM=dumb``).
     """
 
     traceback: bool = False
     cache_dir: Path = Path()
     cache_max_bytes: int | None = None
+    hub_offline: bool = False
+    hub_token: bool = False
+    plain: bool = False
 
 
 def api_keys() -> tuple[str, str]:
@@ -82,4 +86,11 @@ def read_environment() -> Environment:
     Raises:
         UsageError: a variable has a value outside its domain.
     """
-    return Environment(_flag("NEUQI_TRACEBACK"), _cache_dir(), _cache_max_bytes())
+    return Environment(
+        traceback=_flag("NEUQI_TRACEBACK"),
+        cache_dir=_cache_dir(),
+        cache_max_bytes=_cache_max_bytes(),
+        hub_offline=os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"),
+        hub_token=bool(os.environ.get("HF_TOKEN")),
+        plain=bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb",
+    )

@@ -19,13 +19,15 @@ class Family:
 
     ``reads``: last name components of linear layers that read the hidden state (K is ``hidden_size``);
     ``writes``: of those that write it (N is ``hidden_size``). ``packs_vocabulary``: vLLM's class of the model can run
-    a packed output head and a packed embedding.
+    a packed output head and a packed embedding. ``ties_vocabulary``: head and embedding are one tensor unless the
+    configuration says otherwise.
     """
 
     blocks: str = r"model\.layers"
     reads: tuple[str, ...] = _LLAMA_READS
     writes: tuple[str, ...] = _LLAMA_WRITES
     packs_vocabulary: bool = True
+    ties_vocabulary: bool = False
 
     def block_number(self, name: str) -> int | None:
         """Return the number of the decoder block that a tensor belongs to, None outside the blocks."""
@@ -39,9 +41,9 @@ _FAMILIES = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
-    "GemmaForCausalLM": Family(packs_vocabulary=False),
-    "Gemma2ForCausalLM": Family(packs_vocabulary=False),
-    "Gemma3ForCausalLM": _LLAMA,
+    "GemmaForCausalLM": Family(packs_vocabulary=False, ties_vocabulary=True),
+    "Gemma2ForCausalLM": Family(packs_vocabulary=False, ties_vocabulary=True),
+    "Gemma3ForCausalLM": Family(ties_vocabulary=True),
     "Phi3ForCausalLM": Family(reads=("qkv_proj", "gate_up_proj")),
     "PhiForCausalLM": Family(
         reads=("q_proj", "k_proj", "v_proj", "fc1"), writes=("dense", "fc2"), packs_vocabulary=False
@@ -51,6 +53,7 @@ _FAMILIES = {
         reads=("q_proj", "k_proj", "v_proj", "fc1"),
         writes=("out_proj", "fc2"),
         packs_vocabulary=False,
+        ties_vocabulary=True,
     ),
     "GPTNeoXForCausalLM": Family(
         blocks=r"gpt_neox\.layers",
@@ -61,6 +64,19 @@ _FAMILIES = {
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def ties_vocabulary(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` means that output head and embedding are one tensor.
+
+    Published configurations leave out what is the default of their class.
+    """
+    told = config.get("tie_word_embeddings")
+    if told is not None:
+        return bool(told)
+    names = config.get("architectures")
+    family = _FAMILIES.get(str(names[0])) if isinstance(names, list) and names else None
+    return family is not None and family.ties_vocabulary
 
 
 def family_of(architecture: str, config: Mapping[str, Any]) -> Family:

@@ -28,6 +28,7 @@ from neuqi_serve.format.writer import (
     is_packed_folder,
     write_checkpoint,
 )
+from neuqi_serve.pipeline.families import ties_vocabulary
 from neuqi_serve.pipeline.progress import Progress
 from neuqi_serve.pipeline.selection import Selection, natural_order, select_modules
 from neuqi_serve.pipeline.summary import CheckpointSummary, summarize
@@ -168,7 +169,7 @@ def _config(source: SourceCheckpoint, selection: Selection) -> Mapping[str, Any]
 
     vLLM looks for the unpacked head to find that out.
     """
-    if source.config.get("tie_word_embeddings") and not selection.tied:
+    if ties_vocabulary(source.config) and not selection.tied:
         return {**source.config, "tie_word_embeddings": False}
     return source.config
 

@@ -26,7 +26,7 @@ from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.quantization_config import QuantizationRecipe, is_name_of
 from neuqi_serve.format.safetensors_file import FLOAT_CODES, TensorSpec
 from neuqi_serve.format.source import SourceCheckpoint
-from neuqi_serve.pipeline.families import Family, family_of
+from neuqi_serve.pipeline.families import Family, family_of, ties_vocabulary
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def select_modules(
 def is_tied(source: SourceCheckpoint) -> bool:
     """Whether output head and embedding are one tensor: ``config.json`` says so, and the checkpoint has no head."""
     has_head = any(is_name_of(LM_HEAD, name.removesuffix(".weight")) for name in source.tensors)
-    return bool(source.config.get("tie_word_embeddings")) and not has_head
+    return ties_vocabulary(source.config) and not has_head
 
 
 def _vocabulary_bits(family: Family, asked: VocabularyBits | None) -> VocabularyBits:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
 from neuqi_serve.format.quantization_config import QUANT_METHOD, QuantizationRecipe
+from neuqi_serve.pipeline.families import ties_vocabulary
 
 DEMO = "demo"
 CONFIG_NAME = "config.json"
@@ -48,7 +49,7 @@ class ServedModel:
     @property
     def is_tied(self) -> bool:
         """Whether the configuration says that output head and embedding are one tensor."""
-        return bool(self.text_config.get("tie_word_embeddings"))
+        return ties_vocabulary(self.text_config)
 
     @property
     def served_name(self) -> str | None:
@@ -83,7 +84,16 @@ def find_model(name: str, revision: str | None = None) -> ServedModel:
     folder = local_folder(name)
     if folder is not None:
         return _from_folder(name, folder)
-    return _classify(name, name, _read_config(_hub_config(name, revision)))
+    return _classify(name, name, find_config(name, revision))
+
+
+def find_config(name: str, revision: str | None = None) -> Mapping[str, Any]:
+    """Return the ``config.json`` of a name on the Hugging Face hub; no weights are fetched.
+
+    Raises:
+        UnsupportedModelError: the hub has no such model, or cannot be reached.
+    """
+    return _read_config(_hub_config(name, revision))
 
 
 def _from_folder(name: str, folder: Path) -> ServedModel:
