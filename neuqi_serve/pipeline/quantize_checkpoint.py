@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
+from neuqi_serve import load_status
 from neuqi_serve.config import DEFAULT_PRESET, EMBEDDING, LM_HEAD, PRESETS, VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance, resolve
@@ -208,6 +209,7 @@ def _write_tensors(
     if progress_stream is not None:
         progress = Progress(sum(sizes.values()), "B", progress_stream, steps=len(sizes))
     modules: dict[str, PackedModule] = {}
+    done = 0
     try:
         names = sorted(source.tensors, key=natural_order)
         for name, following in zip(names, [*names[1:], None], strict=True):
@@ -223,6 +225,8 @@ def _write_tensors(
             )
             if progress is not None:
                 progress.advance(sizes[module], module)
+            done += sizes[module]
+            load_status.progress("cache", len(modules), len(sizes), done, sum(sizes.values()))
     finally:
         if progress is not None:
             progress.close()
