@@ -4,9 +4,9 @@
 
 The embedded demo model is measured on its held-out questions, the models in FOLDER on TEXTS, a JSON list. For each
 model and mean width: the widths that ``neuqi quantize --bits B`` chooses, by the divergence on text that the model
-writes itself and by the errors of the weights, each with the vocabulary free and at 8 bits. Against them, within the same
-bytes: the best uniform setting there is (bits, group size and widths of the vocabulary all tried, the lowest divergence
-taken, with hindsight), and the mixture that looks at nothing, the first blocks at the next width.
+writes itself and by the errors of the weights, each with the vocabulary free and at 8 bits. Against them, within the
+same bytes: the best uniform setting there is (bits, group size and widths of the vocabulary all tried, the lowest
+divergence taken, with hindsight), and the mixture that looks at nothing, the first blocks at the next width.
 """
 
 from __future__ import annotations
