@@ -47,9 +47,14 @@ class Selection:
 
 
 def select_modules(
-    source: SourceCheckpoint, spec: WeightSpec, vocabulary: VocabularyBits | None = None
+    source: SourceCheckpoint,
+    spec: WeightSpec,
+    vocabulary: VocabularyBits | None = None,
+    exceptions: Mapping[str, WeightSpec] | None = None,
 ) -> Selection:
     """Choose the modules to pack and check that they fit the configuration.
+
+    ``exceptions``: full name → spec, of linear layers that have another than ``spec``; of the same group size.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be packed, or one without linear layers in its blocks.
@@ -60,7 +65,7 @@ def select_modules(
     family = family_of(source.architecture, source.config)
     _check_blocks(source, family)
     _check_experts(source)
-    default = QuantizationRecipe(spec)
+    default = QuantizationRecipe(spec, dict(exceptions or {}))
     modules: dict[str, tuple[int, int]] = {}
     unfit: dict[str, str] = {}
     matrices = []
