@@ -2,7 +2,7 @@
 
 Needs a CUDA GPU and vLLM for CUDA, which sorts the routes and brings the peer. Every contender is captured in a CUDA
 graph that runs the layer on one set of routes after the other, so that no expert is in the L2 cache; the graphs are
-replayed in turn. Metrics: ``time`` against bf16; ``packed_bandwidth``: the bytes a second of the experts that are chosen,
+replayed in turn. Metrics: ``time`` against bf16; ``packed_bandwidth``: the bytes a second of the chosen experts,
 as a share of what copying memory reaches in the same rounds. Every case is first held against the definition.
 """
 
