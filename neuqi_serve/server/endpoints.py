@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from neuqi_serve._version import VERSION
+from neuqi_serve.env import sanity_check
+from neuqi_serve.errors import KernelError
 from neuqi_serve.server.admission.settings import ATTRIBUTE
 from neuqi_serve.server.admission.usage import meter
 from neuqi_serve.server.lifecycle import Lifecycle
@@ -25,6 +27,7 @@ from neuqi_serve.server.metrics import NeuqiMetrics, own_memory, summarize_repor
 logger = logging.getLogger("vllm.neuqi")
 
 REPORT_METHOD = "neuqi_load_report"
+LOGITS_METHOD = "neuqi_logits_are_finite"
 REPORT_TIMEOUT_SECONDS = 30.0
 REFRESH_SECONDS = 10.0
 # For responses that are still being written when the engine has stopped; vLLM itself would wait for ever.
@@ -49,6 +52,7 @@ class NeuqiEndpoints:
         self._start(_watch_server(state, engine_client, model_name, args))
         if engine_client is not None:
             if hasattr(args, ATTRIBUTE):
+                await _check_logits(engine_client)
                 meter(engine_client)
             metrics = NeuqiMetrics()
             metrics.set_build(VERSION, vllm_version(), _installed("torch"))
@@ -60,6 +64,33 @@ class NeuqiEndpoints:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _check_logits(engine_client: Any) -> None:
+    """Run a few tokens through the loaded model; refuse to serve what is no number, or warn.
+
+    Raises:
+        KernelError: logits that are not finite.
+    """
+    mode = sanity_check()
+    if mode == "off" or _process_rank(engine_client) > 0:
+        return
+    try:
+        async with asyncio.timeout(REPORT_TIMEOUT_SECONDS):
+            finite = await engine_client.collective_rpc(LOGITS_METHOD)
+    except Exception as error:
+        logger.warning("neuqi: the logits were not checked: %s: %s", type(error).__name__, error)
+        return
+    if False not in finite:
+        return
+    message = (
+        "expected finite logits of the loaded model, got some that are not: its answers would be wrong. Verify the "
+        "checkpoint with `neuqi inspect --verify`, or choose another kernel, e.g. NEUQI_KERNEL_BACKEND=reference; "
+        "--sanity-check warn serves all the same."
+    )
+    if mode == "refuse":
+        raise KernelError(message)
+    logger.warning("neuqi: %s", message)
 
 
 async def _watch_server(state: Any, engine_client: Any, model_name: str, args: Namespace) -> None:

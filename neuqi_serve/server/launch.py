@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuqi_serve.config import EMBEDDING, LM_HEAD
+from neuqi_serve.env import SANITY_CHECK
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server import vllm_start
 from neuqi_serve.server.admission.keys import KeyFile
@@ -88,6 +90,8 @@ def serve(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str], early: EarlyArguments, status: str) -> int:
     machine = detect_machine()
     offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
+    if early.operation.sanity_check is not None:
+        os.environ[SANITY_CHECK] = early.operation.sanity_check  # the workers read it
     # Before anything imports torch or numpy, which read some of these variables.
     applied = apply_environment(vllm_environment(machine, offline))
     model = _check_early(early)

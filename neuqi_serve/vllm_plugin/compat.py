@@ -38,7 +38,7 @@ def initialize_online_processing(layer: torch.nn.Module) -> None:
 
 
 def attach_worker_report() -> None:
-    """Give every worker the method ``neuqi_load_report``, callable by name through ``collective_rpc``."""
+    """Give every worker ``neuqi_load_report`` and its kin, callable by name through ``collective_rpc``."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     if hasattr(WorkerBase, "neuqi_load_report"):
@@ -49,7 +49,13 @@ def attach_worker_report() -> None:
 
         return load_report(self.get_model(), rank=int(getattr(self, "rank", 0)))
 
+    def neuqi_logits_are_finite(self: Any) -> bool | None:
+        from neuqi_serve.vllm_plugin.sanity import logits_are_finite
+
+        return logits_are_finite(self.model_runner)
+
     WorkerBase.neuqi_load_report = neuqi_load_report
+    WorkerBase.neuqi_logits_are_finite = neuqi_logits_are_finite
 
 
 def track_missing_tensors() -> None:

@@ -23,6 +23,7 @@ from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
 from neuqi_serve.vllm_plugin.progress import LoadProgress
+from neuqi_serve.vllm_plugin.sanity import SanityCheck
 from neuqi_serve.vllm_plugin.vocabulary import (
     NeuqiOnlineVocabularyMethod,
     NeuqiPackedVocabularyMethod,
@@ -56,6 +57,7 @@ class NeuqiConfig(QuantizationConfig):
         self.importance = _importance_of(self.settings)
         self.recipe = QuantizationRecipe.for_online(self.settings) if recipe is None else recipe
         self.progress = LoadProgress(silent=not self.online)
+        self.sanity = SanityCheck()
         self._mapper: Any = None
         self._completed = False
 
