@@ -9,19 +9,23 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from neuqi_serve._version import VERSION
 from neuqi_serve.env import sanity_check
 from neuqi_serve.errors import KernelError
+from neuqi_serve.format.manifest import MANIFEST_NAME
+from neuqi_serve.format.reader import open_checkpoint
 from neuqi_serve.server.admission.settings import ATTRIBUTE
 from neuqi_serve.server.admission.usage import meter
 from neuqi_serve.server.lifecycle import Lifecycle
 from neuqi_serve.server.listen_address import ListenAddress
-from neuqi_serve.server.load_timeline import phases_until_now
-from neuqi_serve.server.metrics import NeuqiMetrics, own_memory, summarize_reports
+from neuqi_serve.server.load_timeline import timeline_of
+from neuqi_serve.server.metrics import NeuqiMetrics, summarize_reports
+from neuqi_serve.server.process_memory import own_memory
 
 # A child of vLLM's logger, so that its handler prints our lines.
 logger = logging.getLogger("vllm.neuqi")
@@ -56,7 +60,7 @@ class NeuqiEndpoints:
                 meter(engine_client)
             metrics = NeuqiMetrics()
             metrics.set_build(VERSION, vllm_version(), _installed("torch"))
-            metrics.set_phases(phases_until_now(args))
+            _publish_load(metrics, args, _process_rank(engine_client) <= 0)
             self._start(_publish(engine_client, metrics, model_name, _process_label(args)))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -64,6 +68,29 @@ class NeuqiEndpoints:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _publish_load(metrics: NeuqiMetrics, args: Namespace, first: bool) -> None:
+    """Publish what is known of the load outside the engine; what several processes would add up only by the first."""
+    timeline = timeline_of(args)
+    if timeline is None:
+        return
+    metrics.set_loaded(timeline.seconds, timeline.cache_peak_bytes)
+    if not first:
+        return
+    if timeline.cache_found is not None:
+        metrics.count_cache(timeline.cache_found)
+    if args.quantization in (None, "neuqi"):
+        metrics.set_errors(_relative_errors(Path(args.model)))
+
+
+def _relative_errors(folder: Path) -> Iterator[tuple[str, float]]:
+    """Return kind and relative error of each layer of a packed folder; nothing of another."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    for name, module in open_checkpoint(folder).manifest.modules.items():
+        if module.relative_error is not None:
+            yield name.rpartition(".")[2], module.relative_error
 
 
 async def _check_logits(engine_client: Any) -> None:
@@ -148,6 +175,7 @@ async def _publish(engine_client: Any, metrics: NeuqiMetrics, model_name: str, p
             summary = summarize_reports(reports)
             if loaded:
                 metrics.set_memory(summary.processes)
+                metrics.set_accelerators(summary)
             else:
                 metrics.set_load(model_name, summary)
                 loaded = True

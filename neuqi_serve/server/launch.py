@@ -221,10 +221,12 @@ def _start(
         late = OwnOptions.from_namespace(args)
         look_into_cache(cached, model, late, args.revision, early.options, machine)
     vllm_start.check_architecture(model.config)
+    vllm_start.check_tracing(args)
     own = OwnOptions.from_namespace(args)
     quantized = model.kind == "unquantized" and own.quantize
     with timeline.phase("cache") if cached.reason is None else contextlib.nullcontext():
         model = cached.model(model)
+    timeline.cache_found, timeline.cache_peak_bytes = cached.found, cached.peak_bytes
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
     admitted = admit(args, Operation.from_namespace(args))

@@ -79,6 +79,28 @@ def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
     }
 
 
+def device_report(runner: Any) -> dict[str, Any]:
+    """Return ``kv_cache_bytes``, and on an accelerator its memory ``used`` and ``total`` in bytes.
+
+    ``runner`` is a worker's model runner; a layer's cache may be a tensor or several.
+    """
+    storages: dict[int, int] = {}
+    pending = list(getattr(runner, "kv_caches", None) or ())
+    while pending:
+        found = pending.pop()
+        if isinstance(found, list | tuple):
+            pending.extend(found)
+        elif isinstance(found, torch.Tensor):
+            # Layers may share one tensor.
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    report: dict[str, Any] = {"kv_cache_bytes": sum(storages.values())}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        report["accelerator_memory"] = {"used": total - free, "total": total}
+    return report
+
+
 def _records(model: torch.nn.Module) -> list[LayerRecord]:
     found = (getattr(module, "neuqi_record", None) for module in model.modules())
     return [record for record in found if isinstance(record, LayerRecord)]

@@ -39,6 +39,8 @@ class SanityCheck:
     ) -> None:
         """Compare ``prepared`` on its kernel with ``canonical`` by definition, unless this kind was seen before.
 
+        ``role`` is ``neuqi_serve.vllm_plugin.report``'s, ``name`` how vLLM calls the layer.
+
         Raises:
             KernelError: they differ, and the mode is ``refuse``.
         """
@@ -52,10 +54,10 @@ class SanityCheck:
         if error <= TOLERANCE:
             return
         self._report(
-            f"expected the kernel {backend.name!r} to compute what its definition does on layer {name} ({spec.bits} "
-            f"bits, group {spec.group_size}, N={spec.n}, K={spec.k}), got a relative error of {error:.2g}, above "
-            f"{TOLERANCE}: its answers would be wrong. Choose another kernel, e.g. NEUQI_KERNEL_BACKEND=reference, and "
-            "report this; --sanity-check warn serves all the same."
+            f"expected the kernel {backend.name!r} to compute what its definition does on layer {name} ({role}, "
+            f"{spec.bits} bits, group {spec.group_size}, N={spec.n}, K={spec.k}), got a relative error of "
+            f"{error:.2g}, above {TOLERANCE}: its answers would be wrong. Choose another kernel, e.g. "
+            "NEUQI_KERNEL_BACKEND=reference, and report this; --sanity-check warn serves all the same."
         )
 
     def _report(self, message: str) -> None:

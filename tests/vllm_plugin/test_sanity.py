@@ -26,7 +26,10 @@ from neuqi_serve.vllm_plugin.sanity import (
     logits_are_finite,
 )
 
-ONLINE: dict[str, Any] = {"quantization": "neuqi", "additional_config": {"neuqi": {"bits": 3, "group_size": 32}}}
+ONLINE: dict[str, Any] = {
+    "quantization": "neuqi",
+    "additional_config": {"neuqi": {"bits": 3, "group_size": 32}},
+}
 
 
 def _layer(
