@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 from argparse import Namespace
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class NeuqiEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the background tasks; the engine is up by now, the HTTP server not yet."""
         model_name = (args.served_model_name or [args.model])[0]
-        self._start(_watch_server(state, engine_client, model_name, args))
+        worker_pids: list[int] = []
+        self._start(_watch_server(state, engine_client, model_name, args, worker_pids))
         if engine_client is not None:
             if hasattr(args, ATTRIBUTE):
                 await _check_logits(engine_client)
@@ -61,7 +63,7 @@ class NeuqiEndpoints:
             metrics = NeuqiMetrics()
             metrics.set_build(VERSION, vllm_version(), _installed("torch"))
             _publish_load(metrics, args, _process_rank(engine_client) <= 0)
-            self._start(_publish(engine_client, metrics, model_name, _process_label(args)))
+            self._start(_publish(engine_client, metrics, model_name, _process_label(args), worker_pids))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         # The event loop keeps weak references only.
@@ -120,7 +122,9 @@ async def _check_logits(engine_client: Any) -> None:
     logger.warning("neuqi: %s", message)
 
 
-async def _watch_server(state: Any, engine_client: Any, model_name: str, args: Namespace) -> None:
+async def _watch_server(
+    state: Any, engine_client: Any, model_name: str, args: Namespace, worker_pids: Sequence[int]
+) -> None:
     """Set the shutdown deadline as soon as there is a server, say once that it listens, and watch it to its end."""
     while getattr(state, "server", None) is None:
         await asyncio.sleep(0.05)
@@ -131,7 +135,8 @@ async def _watch_server(state: Any, engine_client: Any, model_name: str, args: N
         await asyncio.sleep(0.05)
     rank = max(0, _process_rank(engine_client))
     gate = getattr(state, "neuqi_gate", None)
-    lifecycle = Lifecycle(server, engine_client, gate, rank, getattr(args, "api_server_count", None) or 1)
+    count = getattr(args, "api_server_count", None) or 1
+    lifecycle = Lifecycle(server, engine_client, gate, rank, count, worker_pids)
     if gate is not None:
         lifecycle.take_signals()
     if rank == 0:
@@ -152,8 +157,13 @@ def ready_message(address: ListenAddress, model_name: str, has_keys: bool = Fals
     )
 
 
-async def _publish(engine_client: Any, metrics: NeuqiMetrics, model_name: str, process: str) -> None:
-    """Ask the workers once for what they loaded, then every few seconds for their memory; a scrape never waits."""
+async def _publish(
+    engine_client: Any, metrics: NeuqiMetrics, model_name: str, process: str, worker_pids: list[int]
+) -> None:
+    """Ask the workers once for what they loaded, then every few seconds for their memory; a scrape never waits.
+
+    Puts those of this machine into ``worker_pids``.
+    """
     loaded = False
     while True:
         metrics.set_memory({process: own_memory()})
@@ -178,6 +188,7 @@ async def _publish(engine_client: Any, metrics: NeuqiMetrics, model_name: str, p
                 metrics.set_accelerators(summary)
             else:
                 metrics.set_load(model_name, summary)
+                worker_pids.extend(int(r["pid"]) for r in reports if r.get("host") == platform.node())
                 loaded = True
         await asyncio.sleep(REFRESH_SECONDS)
 
