@@ -81,6 +81,7 @@ PLAIN_VOCABULARY = (
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "GPTNeoXForCausalLM",
+    "MixtralForCausalLM",
     "OPTForCausalLM",
     "PhiForCausalLM",
 )

@@ -14,6 +14,8 @@ from typing import Any
 
 from neuqi_serve.errors import UsageError
 
+STATUS_SOCKET = "NEUQI_STATUS_SOCKET"
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -48,6 +50,19 @@ QUANTIZATION_VARIABLES = {
     "NEUQI_IMPORTANCE": ("importance", False),
 }
 FAILURE_DIR = "NEUQI_FAILURE_DIR"
+
+
+def api_keys() -> tuple[str, str]:
+    """Return ``NEUQI_API_KEYS`` and ``NEUQI_ADMIN_KEYS``: entries of a key file, separated by commas or lines.
+
+    They are no fields of ``Environment``, so that no representation of it can show them.
+    """
+    return os.environ.get("NEUQI_API_KEYS", ""), os.environ.get("NEUQI_ADMIN_KEYS", "")
+
+
+def status_socket() -> str | None:
+    """Path of the socket to which a start tells its progress (``NEUQI_STATUS_SOCKET``, set by the server itself)."""
+    return os.environ.get(STATUS_SOCKET) or None
 
 
 def _flag(name: str) -> bool:

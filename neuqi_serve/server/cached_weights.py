@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
+from neuqi_serve import load_status
 from neuqi_serve.config import DEFAULT_PRESET, VocabularyBits, WeightSpec
 from neuqi_serve.env import read_environment
 from neuqi_serve.errors import (
@@ -111,6 +112,7 @@ class CachedWeights:
     def start(self, request: Request) -> None:
         """Begin to look for the entry, or to make it."""
         self.reason = None
+        load_status.begin("cache")
         # A fork shares the imports; where it is not safe they are made once more.
         context = multiprocessing.get_context("spawn" if reason_not_to_fork() else "fork")
         self._receiver, sender = context.Pipe(duplex=False)
@@ -226,14 +228,16 @@ def _folder(request: Request) -> Path:
         return Path(request.name)
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            request.name,
-            revision=request.revision,
-            allow_patterns=list(_HUB_FILES),
-            ignore_patterns=["*/*"],
-        )
+    load_status.begin("download")
+    started = time.monotonic()
+    folder = snapshot_download(
+        request.name,
+        revision=request.revision,
+        allow_patterns=list(_HUB_FILES),
+        ignore_patterns=["*/*"],
     )
+    load_status.end("download", time.monotonic() - started)
+    return Path(folder)
 
 
 def _tell(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from neuqi_serve.config import (
 )
 from neuqi_serve.format.online_settings import HF_OVERRIDES, merge_settings, settings_object
 from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.operation import Operation, add_operation_options
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -30,7 +31,7 @@ DESCRIPTION = """Serve MODEL over vLLM's OpenAI-compatible API. An unquantized m
 packed by `neuqi quantize` is served as it is."""
 EPILOG = """Every flag of `vllm serve` works too:
   --help=all             all of them
-  --help=Frontend        one section, e.g. host, port, TLS, API keys
+  --help=Frontend        one section, e.g. host, port, TLS
   --help=max-model-len   one flag
 
 examples:
@@ -131,6 +132,7 @@ class EarlyArguments:
     headless: bool
     hub_free: bool
     options: frozenset[str] = frozenset()
+    operation: Operation = field(default_factory=Operation)
 
 
 def add_own_options(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +188,7 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize while loading, and keep nothing for the next start (default: pack once into the cache)",
     )
+    add_operation_options(parser)
 
 
 def own_parser() -> argparse.ArgumentParser:
@@ -217,7 +220,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
     """Read what is needed for the checks before the start. ``MODEL`` counts when it comes first, as it should.
 
     Raises:
-        UsageError: bits or group size outside the supported set.
+        UsageError: bits, group size or an option of the operation outside the supported set.
     """
     words = [_dashed(word) for word in arguments]
     names = {word.partition("=")[0] for word in words}
@@ -236,6 +239,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
         headless=args.headless,
         hub_free=not any(f"--{option}" in names for option in _HUB_OPTIONS),
         options=frozenset({"-q": "quantization"}.get(n, n.removeprefix("--")) for n in names if n[:1] == "-"),
+        operation=Operation.from_namespace(args),
     )
 
 

@@ -14,7 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from neuqi_serve._version import VERSION
+from neuqi_serve.server.admission.settings import ATTRIBUTE
+from neuqi_serve.server.admission.usage import meter
+from neuqi_serve.server.lifecycle import Lifecycle
 from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.load_timeline import phases_until_now
 from neuqi_serve.server.metrics import NeuqiMetrics, own_memory, summarize_reports
 
 # A child of vLLM's logger, so that its handler prints our lines.
@@ -42,10 +46,13 @@ class NeuqiEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the background tasks; the engine is up by now, the HTTP server not yet."""
         model_name = (args.served_model_name or [args.model])[0]
-        self._start(_watch_server(state, model_name, args, announce=_process_rank(engine_client) <= 0))
+        self._start(_watch_server(state, engine_client, model_name, args))
         if engine_client is not None:
+            if hasattr(args, ATTRIBUTE):
+                meter(engine_client)
             metrics = NeuqiMetrics()
             metrics.set_build(VERSION, vllm_version(), _installed("torch"))
+            metrics.set_phases(phases_until_now(args))
             self._start(_publish(engine_client, metrics, model_name, _process_label(args)))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -55,8 +62,8 @@ class NeuqiEndpoints:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _watch_server(state: Any, model_name: str, args: Namespace, announce: bool) -> None:
-    """Set the shutdown deadline as soon as there is a server, and say once that it listens."""
+async def _watch_server(state: Any, engine_client: Any, model_name: str, args: Namespace) -> None:
+    """Set the shutdown deadline as soon as there is a server, say once that it listens, and watch it to its end."""
     while getattr(state, "server", None) is None:
         await asyncio.sleep(0.05)
     server = state.server
@@ -64,19 +71,26 @@ async def _watch_server(state: Any, model_name: str, args: Namespace, announce: 
         server.config.timeout_graceful_shutdown = GRACEFUL_SHUTDOWN_SECONDS
     while not server.started:
         await asyncio.sleep(0.05)
-    if announce:
+    rank = max(0, _process_rank(engine_client))
+    gate = getattr(state, "neuqi_gate", None)
+    lifecycle = Lifecycle(server, engine_client, gate, rank, getattr(args, "api_server_count", None) or 1)
+    if gate is not None:
+        lifecycle.take_signals()
+    if rank == 0:
         address = ListenAddress(args.host or "", args.port, args.uds, bool(args.ssl_keyfile))
-        print(ready_message(address, model_name), flush=True)
+        print(ready_message(address, model_name, bool(gate is not None and gate.has_keys)), flush=True)
+    await lifecycle.watch()
 
 
-def ready_message(address: ListenAddress, model_name: str) -> str:
+def ready_message(address: ListenAddress, model_name: str, has_keys: bool = False) -> str:
     """Return the address and a request to try, for a shell."""
+    key = '-H "Authorization: Bearer $KEY" ' if has_keys else ""
     socket_option = f"--unix-socket {address.unix_socket} " if address.unix_socket else ""
     url = "http://localhost" if address.unix_socket else address.url
     body = f'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "What is 7 plus 5?"}}]}}'
     return (
         f"ready: {address.url}/v1 serves {model_name!r}. Try:\n"
-        f"  curl {socket_option}{url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        f"  curl {socket_option}{url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS
+from neuqi_serve.config import EMBEDDING, LM_HEAD
 from neuqi_serve.env import read_environment
 from neuqi_serve.errors import UsageError
 from neuqi_serve.format.online_settings import (
@@ -16,6 +17,8 @@ from neuqi_serve.format.online_settings import (
     settings_object,
 )
 from neuqi_serve.server import vllm_start
+from neuqi_serve.server.admission.keys import KeyFile
+from neuqi_serve.server.admission.settings import admit
 from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict
 from neuqi_serve.server.command_line import (
     DEFAULT_HOST,
@@ -31,13 +34,18 @@ from neuqi_serve.server.command_line import (
 from neuqi_serve.server.defaults import Choice, choose_defaults
 from neuqi_serve.server.engine_process import EngineProcesses
 from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.load_timeline import LoadTimeline
 from neuqi_serve.server.machine import Machine, detect_machine
+from neuqi_serve.server.operation import Operation
 from neuqi_serve.server.process_environment import (
     apply_environment,
     explain_environment,
     vllm_environment,
 )
 from neuqi_serve.server.served_model import ServedModel, check_on_the_fly, find_model, local_folder
+from neuqi_serve.server.start_summary import print_summary, vocabulary_width
+from neuqi_serve.server.status.process import StatusProcess
+from neuqi_serve.server.termination import end_on_sigterm
 
 # Options of vLLM whose value depends on the machine and the model; unset ones get a default of ours.
 _CHOSEN = (
@@ -49,6 +57,7 @@ _CHOSEN = (
     "kv_cache_dtype",
     "kv_cache_memory_bytes",
     "max_model_len",
+    "max_num_queued_reqs",
     "max_num_seqs",
     "nnodes",
     "optimization_level",
@@ -75,6 +84,15 @@ def serve(arguments: Sequence[str]) -> int:
     early = read_early(arguments)
     if not early.headless:
         early.address.check_free()
+    if early.operation.api_key_file is not None:
+        KeyFile(early.operation.api_key_file)  # a mistake in it must not cost a load
+    status = None if early.headless else early.operation.status_address(early.address)
+    with StatusProcess(status, required=early.operation.status_port is not None) as process:
+        end_on_sigterm()
+        return _serve(arguments, early, process.line)
+
+
+def _serve(arguments: Sequence[str], early: EarlyArguments, status: str) -> int:
     machine = detect_machine()
     offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
     # Before anything imports torch or numpy, which read some of these variables.
@@ -84,7 +102,9 @@ def serve(arguments: Sequence[str]) -> int:
         if model is not None:
             own = with_environment(early.own, model)
             look_into_cache(cached, model, own, early.revision, early.options, machine)
-        return _start(arguments, early, model, machine, processes, cached, explain_environment(applied))
+        return _start(
+            arguments, early, model, machine, processes, cached, explain_environment(applied), status
+        )
 
 
 def _check_early(early: EarlyArguments) -> ServedModel | None:
@@ -153,8 +173,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             "--bits": model.spec.bits,
             "--group-size": model.spec.group_size,
             "--scale-dtype": model.spec.scale_dtype,
-            "--lm-head-bits": _width(model, LM_HEAD),
-            "--embedding-bits": _width(model, EMBEDDING),
+            "--lm-head-bits": vocabulary_width(model, LM_HEAD),
+            "--embedding-bits": vocabulary_width(model, EMBEDDING),
         }
         if own.preset is not None:
             raise UsageError(
@@ -192,12 +212,6 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
         own.vocabulary().resolved(model.is_tied)
 
 
-def _width(model: ServedModel, module: str) -> int:
-    """Bits of the output head or the embedding of a packed model."""
-    spec = model.recipe.vocabulary_spec(module) if model.recipe is not None else None
-    return UNQUANTIZED_BITS if spec is None else spec.bits
-
-
 def _start(
     arguments: Sequence[str],
     early: EarlyArguments,
@@ -206,8 +220,11 @@ def _start(
     processes: EngineProcesses,
     cached: CachedWeights,
     environment: Sequence[str],
+    status: str,
 ) -> int:
-    vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
+    timeline = LoadTimeline()
+    with timeline.phase("import"):
+        vllm_start.import_heavy(model.config if model else {}, on_cpu=machine.runs_on_cpu)
     why_spawned = processes.fork() if machine.runs_on_cpu else "vLLM starts it on accelerators"
     args, given = parse(arguments)
     if model is None:
@@ -217,13 +234,17 @@ def _start(
     vllm_start.check_architecture(model.config)
     own = OwnOptions.from_namespace(args)
     quantized = model.kind == "unquantized" and own.quantize
-    model = cached.model(model)
+    with timeline.phase("cache") if cached.reason is None else contextlib.nullcontext():
+        model = cached.model(model)
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
     own = with_environment(own, model)
-    _print_summary(
+    admitted = admit(args, Operation.from_namespace(args))
+    print_summary(
         machine, model, own, [*map(str, choices), *environment], why_spawned, cached if quantized else None
     )
+    print("\n".join([*admitted, *([status] if status else [])]), flush=True)
+    timeline.attach(args)
     return vllm_start.run(args, processes)
 
 
@@ -242,6 +263,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Mapping[str, An
     serve_parser.set_defaults(**dict.fromkeys(_CHOSEN, unset), host=DEFAULT_HOST)
     args = parser.parse_args(["serve", *arguments])
     given = {option: getattr(args, option) for option in _CHOSEN if getattr(args, option) is not unset}
+    if args.drain_timeout is not None:
+        if given.setdefault("shutdown_timeout", args.drain_timeout) != args.drain_timeout:
+            raise UsageError(
+                f"expected one time to drain, got --drain-timeout {args.drain_timeout} and --shutdown-timeout "
+                f"{given['shutdown_timeout']}, which mean the same. Remove one of them."
+            )
+        args.shutdown_timeout = args.drain_timeout
     for option in _CHOSEN:
         if option not in given:
             setattr(args, option, defaults[option])
@@ -294,43 +322,3 @@ def _more_settings(args: argparse.Namespace) -> list[tuple[str, Mapping[str, Any
     ours = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, Mapping) else None
     sources = ((QUANTIZATION_CONFIG, getattr(args, "quantization_config", None)), (ADDITIONAL_CONFIG, ours))
     return [(where, settings_object(given, where)) for where, given in sources if given]
-
-
-def _print_summary(
-    machine: Machine,
-    model: ServedModel,
-    own: OwnOptions,
-    chosen: Sequence[str],
-    why_spawned: str | None,
-    cached: CachedWeights | None,
-) -> None:
-    lines = [f"neuqi serve {model.name}: {_weights(model, own)}"]
-    if cached is not None:
-        lines.append(
-            f"cache: {cached.detail}" if cached.reason is None else f"cache not used: {cached.reason}"
-        )
-    if machine.runs_on_cpu:
-        lines.append(
-            f"chosen for {machine.cores} cores and {machine.available_bytes / (1 << 30):.1f} GiB free:"
-        )
-    lines += [f"  {line}" for line in chosen]
-    if machine.runs_on_cpu and why_spawned:
-        lines.append(f"  engine process started anew, which takes longer: {why_spawned}")
-    print("\n".join(lines), flush=True)
-
-
-def _weights(model: ServedModel, own: OwnOptions) -> str:
-    if model.kind == "packed" and model.spec is not None:
-        stored = _width(model, LM_HEAD), _width(model, EMBEDDING)
-        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}{_vocabulary(*stored)}"
-    if model.kind == "foreign":
-        return f"quantized with {model.method!r}, served by vLLM as it is"
-    if not own.quantize:
-        return "unquantized"
-    spec = own.spec()
-    chosen = own.vocabulary().resolved(model.is_tied)
-    return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}{_vocabulary(*chosen)}"
-
-
-def _vocabulary(head: int, embedding: int) -> str:
-    return f"; output head {head} bits, embedding {embedding} bits"

@@ -33,7 +33,11 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "neuqi_bits_per_weight": ("Stored bits per quantized weight, scales and zero-points included.", ()),
     "neuqi_kernel_info": ("Layers that run on this kernel, summed over the ranks.", ("backend", "bits")),
-    "neuqi_load_phase_duration_seconds": ("Seconds of a load phase, of the slowest rank.", ("phase",)),
+    "neuqi_load_phase_duration_seconds": (
+        "Seconds of a load phase, of the slowest rank; engine is from its start to its readiness and contains read, "
+        "quantize and repack.",
+        ("phase",),
+    ),
     "neuqi_process_resident_bytes": ("Resident memory of a process.", ("process",)),
     "neuqi_process_peak_resident_bytes": ("Peak resident memory of a process.", ("process",)),
 }
@@ -110,6 +114,11 @@ class NeuqiMetrics:
         """Publish the versions."""
         self._gauges["neuqi_build_info"].labels(version, vllm, torch).set(1)
 
+    def set_phases(self, phases: Mapping[str, float]) -> None:
+        """Publish the seconds of load phases."""
+        for phase, seconds in phases.items():
+            self._gauges["neuqi_load_phase_duration_seconds"].labels(phase).set(seconds)
+
     def set_load(self, model_name: str, summary: LoadSummary) -> None:
         """Publish what was loaded, and the memory of the processes."""
         self._gauges["neuqi_model_info"].labels(
@@ -122,8 +131,7 @@ class NeuqiMetrics:
             _gauge("neuqi_bits_per_weight", self._registry).set(summary.bits_per_weight)
         for (backend, bits), layers in summary.kernels.items():
             self._gauges["neuqi_kernel_info"].labels(backend, bits).set(layers)
-        for phase, seconds in summary.phases.items():
-            self._gauges["neuqi_load_phase_duration_seconds"].labels(phase).set(seconds)
+        self.set_phases(summary.phases)
         self.set_memory(summary.processes)
 
     def set_memory(self, processes: Mapping[str, ProcessMemory]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from neuqi_serve.errors import NeuqiError, UnsupportedModelError
 from neuqi_serve.server.engine_process import EngineProcesses
+from neuqi_serve.server.lifecycle import engine_died
 
 # Imported before the fork, so that API and engine process share them; whatever is missing in a vLLM version is
 # imported later by vLLM itself.
@@ -102,6 +103,10 @@ def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
             raise EngineStartError(
                 f"the engine did not start: {failure.kind}: {failure.message}", failure.exit_code
             ) from error
+    if engine_died():
+        failure = processes.failure()
+        reason = "" if failure is None else f": {failure.kind}: {failure.message}"
+        raise EngineStartError(f"the engine died while the server ran{reason}. Its log is above.", 1)
     return 0
 
 

@@ -27,6 +27,7 @@ from neuqi_serve.format.online_settings import (
     settings_object,
 )
 from neuqi_serve.format.quantization_config import QuantizationRecipe
+from neuqi_serve.vllm_plugin import compat
 from neuqi_serve.vllm_plugin.folder import check_folder, check_packed_settings
 from neuqi_serve.vllm_plugin.layer_names import UnusedNames, is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
@@ -135,19 +136,17 @@ class NeuqiConfig(QuantizationConfig):
         check_folder(Path(model_name), self.online, self.recipe, getattr(hf_config, "architectures", None))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Choose the method of one layer: linear layers, and the output head and embedding that the recipe names.
+        """Choose the method of one layer: linear layers, experts, output head and embedding if the recipe names them.
 
         Raises:
-            UnsupportedModelError: a mixture-of-experts layer, or fused shards that a recipe treats differently.
+            UnsupportedModelError: experts that the kernels cannot run, or fused shards that a recipe treats
+                differently.
             UsageError: the group size does not divide the layer's input size.
         """
         self._complete_recipe()
         self.unused_names.see(prefix, shard_names(prefix, self.packed_modules_mapping))
-        if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
-            raise UnsupportedModelError(
-                f"expected linear layers, got mixture-of-experts layer {prefix!r}: experts cannot be quantized "
-                "with neuqi yet. Serve this model without --quantization neuqi."
-            )
+        if compat.is_expert_layer(layer):
+            return self._expert_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -163,6 +162,18 @@ class NeuqiConfig(QuantizationConfig):
         if self.online:
             return NeuqiOnlineLinearMethod(self, spec, self.importance_for(prefix, int(layer.input_size)))
         return NeuqiPackedLinearMethod(self, spec)
+
+    def _expert_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        # Here, as not every model has experts and the module imports much.
+        from neuqi_serve.vllm_plugin.expert_layer import expert_layer
+        from neuqi_serve.vllm_plugin.experts import NeuqiOnlineExpertsMethod, NeuqiPackedExpertsMethod
+
+        experts = expert_layer(layer, prefix, self.recipe)
+        if experts is None:
+            # vLLM's own method for unquantized experts.
+            return None
+        method = NeuqiOnlineExpertsMethod if self.online else NeuqiPackedExpertsMethod
+        return method(self, layer, experts)
 
     def _vocabulary_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         is_head = isinstance(layer, ParallelLMHead)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,7 +78,9 @@ def free_port() -> int:
         return port
 
 
-def start_server(arguments: Sequence[str], cache: Path) -> RunningServer:
+def start_server(
+    arguments: Sequence[str], cache: Path, environment: Mapping[str, str] | None = None
+) -> RunningServer:
     port = free_port()
     process = subprocess.Popen(
         [str(NEUQI), "serve", *arguments, "--port", str(port)],
@@ -91,6 +93,7 @@ def start_server(arguments: Sequence[str], cache: Path) -> RunningServer:
             "VLLM_CACHE_ROOT": str(cache),
             "NEUQI_CACHE_DIR": str(cache / "neuqi"),
             "VLLM_LOGGING_LEVEL": "INFO",
+            **(environment or {}),
         },
     )
     server = RunningServer(process, port)

@@ -306,7 +306,7 @@ def test_sigterm_lets_a_running_request_finish_and_ends_with_code_0(server: Any)
     started = threading.Event()
 
     def read() -> None:
-        for event in _ask(server, tokens=200, stream=True):
+        for event in _ask(server, tokens=60, stream=True):
             started.set()
             reasons.extend(choice.finish_reason for choice in event.choices)
 

@@ -1,0 +1,49 @@
+"""The phases of a start outside the engine: measured where they happen, told to the status port and to the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from neuqi_serve import load_status
+
+ATTRIBUTE = "neuqi_timeline"
+
+
+@dataclass
+class LoadTimeline:
+    """``seconds`` of each phase; ``engine_began``: when vLLM was asked to start its engine, in seconds since 1970.
+
+    Travels in vLLM's parsed arguments, as the API may run in other processes.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    engine_began: float = 0.0
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a phase of this process."""
+        load_status.begin(name)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - started
+            load_status.end(name, self.seconds[name])
+
+    def attach(self, args: Namespace) -> None:
+        """Begin the phase ``engine``, and let the API processes know of all phases."""
+        self.engine_began = time.time()
+        load_status.begin("engine")
+        setattr(args, ATTRIBUTE, self)
+
+
+def phases_until_now(args: Namespace) -> Mapping[str, float]:
+    """Return the seconds of the phases, that of the engine as it is ready now; none for another command's arguments."""
+    timeline = getattr(args, ATTRIBUTE, None)
+    if not isinstance(timeline, LoadTimeline):
+        return {}
+    return {**timeline.seconds, "engine": max(0.0, time.time() - timeline.engine_began)}
