@@ -22,6 +22,7 @@ from neuqi_serve.config import (
     VocabularyBits,
     WeightSpec,
 )
+from neuqi_serve.errors import UsageError
 
 DEMO = "demo"
 _DESCRIPTION = """Pack the linear layers of a model's decoder blocks, its output head and its embedding; norms and
@@ -49,10 +50,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     precision = parser.add_argument_group("precision")
     precision.add_argument(
         "--bits",
-        type=int,
-        choices=SUPPORTED_BITS,
-        default=default.bits,
-        help="bits per code (default: %(default)s)",
+        type=_bits,
+        help=f"bits per code; a decimal number, e.g. 2.5, chooses the best widths of the same size (default: "
+        f"{default.bits})",
+    )
+    precision.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="the most that all weights may take, e.g. 8GiB: chooses the best widths that fit, in place of --bits",
     )
     precision.add_argument(
         "--group-size",
@@ -99,6 +104,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="mean squares of the layers' inputs: an importance matrix of llama.cpp, or what `neuqi importance` wrote",
     )
+    search.add_argument(
+        "--sensitivity",
+        choices=("divergence", "weights"),
+        default="divergence",
+        help="what widths are chosen by: how far the model's answers move, on text that it writes itself; or the "
+        "weights' own errors, one weight in memory at a time (default: %(default)s)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace the packed checkpoint at OUT")
     output.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -106,7 +118,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the summary."""
-    spec = WeightSpec(args.bits, args.group_size, args.scale_dtype)
+    budget = _budget(args)
+    bits = args.bits if isinstance(args.bits, int) else WeightSpec().bits
+    spec = WeightSpec(bits, args.group_size, args.scale_dtype)
     # A container runtime stops with SIGTERM: leave through the same clean-up as an interrupt.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -125,6 +139,12 @@ def run(args: argparse.Namespace) -> int:
             importance=args.importance,
             vocabulary=VocabularyBits(args.lm_head_bits, args.embedding_bits),
         )
+        if budget is not None:
+            from neuqi_serve.budget.plan import plan_budget
+
+            plan = plan_budget(_source_path(args.model_dir), settings, budget, args.sensitivity, sys.stderr)
+            settings = plan.settings
+            print("\n".join(plan.lines()), file=sys.stderr)
         summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -134,6 +154,34 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{summary.to_table()}\nwritten to {args.output}")
     return 0
+
+
+def _bits(text: str) -> int | float:
+    """A width, or a decimal number as the mean of several."""
+    try:
+        value: int | float = float(text) if "." in text else int(text)
+    except ValueError:
+        value = 0
+    low, high = SUPPORTED_BITS[0], SUPPORTED_BITS[-1]
+    if not (low <= value <= high if isinstance(value, float) else value in SUPPORTED_BITS):
+        raise argparse.ArgumentTypeError(
+            f"expected one of {SUPPORTED_BITS}, or a decimal number from {low} to {high}, got {text!r}"
+        )
+    return value
+
+
+def _budget(args: argparse.Namespace) -> Any:
+    """The budget that was given, None for one width."""
+    from neuqi_serve.budget.byte_count import parse_bytes
+    from neuqi_serve.budget.plan import Budget
+
+    if args.fit is not None:
+        if args.bits is not None:
+            raise UsageError(
+                f"expected --bits or --fit, got both ({args.bits} and {args.fit}). Leave one out."
+            )
+        return Budget(nbytes=parse_bytes(args.fit))
+    return Budget(bits=args.bits) if isinstance(args.bits, float) else None
 
 
 def _source_path(model: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,7 +56,8 @@ class QuantizationSettings:
     """``preset``: one of ``PRESETS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
 
     ``importance``: a file of ``format.importance``; None weighs all inputs alike. ``vocabulary``: widths of output head
-    and embedding, None for the defaults.
+    and embedding, None for the defaults. ``exceptions``: linear layers with another spec, by full name. ``budget``: the
+    option that they come from, for the manifest.
     """
 
     spec: WeightSpec
@@ -66,6 +67,8 @@ class QuantizationSettings:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     importance: Path | None = None
     vocabulary: VocabularyBits | None = None
+    exceptions: Mapping[str, WeightSpec] = field(default_factory=dict)
+    budget: str | None = None
 
 
 def quantize_checkpoint(
@@ -92,7 +95,7 @@ def quantize_checkpoint(
     _check_apart(source_path, destination)
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
-    selection = select_modules(source, settings.spec, settings.vocabulary)
+    selection = select_modules(source, settings.spec, settings.vocabulary, settings.exceptions)
     importance = None if settings.importance is None else read_importance(settings.importance)
     weights = _importance_values(importance, selection, progress_stream)
     tensors = plan_tensors(source, selection)
@@ -112,7 +115,11 @@ def quantize_checkpoint(
                 "architecture": source.architecture,
                 "files": {shard.name: shard.stat().st_size for shard in source.shards},
             },
-            quantization={"preset": settings.preset, "importance": describe_importance(importance)},
+            quantization={
+                "preset": settings.preset,
+                "importance": describe_importance(importance),
+                **({} if settings.budget is None else {"budget": settings.budget}),
+            },
         )
     return summarize(manifest, selection.unfit, time.monotonic() - started)
 

@@ -1,0 +1,123 @@
+"""What a width does to the model's answers: KL divergence with one group of layers quantized, the others as they are.
+
+Measured at one width a group; other widths follow in proportion to their weight loss, since for small errors the
+divergence is quadratic in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuqi_kernels.reference import dequantize
+from neuqi_serve.budget.width_group import WidthGroup
+from neuqi_serve.config import WeightSpec
+from neuqi_serve.errors import UnsupportedModelError
+from neuqi_serve.quant.quantize import quantize_packed
+
+SEQUENCES, LENGTH = 8, 128
+_SEED = 0
+_BATCH_LOGITS = 1 << 26
+
+
+def own_samples(model: Any, sequences: int = SEQUENCES, length: int = LENGTH) -> Tensor:
+    """Draw texts from the model itself, token ids int64 ``[sequences, length]``; the same draw for the same model."""
+    config = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(_SEED)
+    first = torch.randint(config.vocab_size, (sequences, 1), generator=generator)
+    if isinstance(config.bos_token_id, int):
+        first.fill_(config.bos_token_id)
+    cached, drawn = None, first
+    latest = first.to(model.device)
+    with torch.no_grad():
+        while drawn.shape[1] < length:
+            output = model(input_ids=latest, past_key_values=cached, use_cache=True)
+            cached = output.past_key_values
+            shares = output.logits[:, -1].float().softmax(-1).cpu()
+            latest = torch.multinomial(shares, 1, generator=generator).to(model.device)
+            drawn = torch.cat((drawn, latest.cpu()), dim=1)
+    return drawn
+
+
+def reference_spec(group: WidthGroup) -> WeightSpec | None:
+    """Return the narrowest spec of a group, at which it is measured; None if it can only stay as it is."""
+    specs = [choice.spec for choice in group.choices if choice.spec is not None]
+    return min(specs, key=lambda spec: spec.bits) if specs else None
+
+
+@torch.no_grad()
+def divergence_losses(
+    model: Any,
+    groups: Sequence[WidthGroup],
+    tokens: Tensor,
+    importance: Mapping[str, Tensor],
+    preset: str,
+    done: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Quantize one group at a time to its reference spec; return group → mean KL divergence in nats per token.
+
+    ``tokens`` ``[S, T]``: texts. ``importance``: layer → h ``[K]``. The model is as before when this returns.
+
+    Raises:
+        UnsupportedModelError: a layer of the checkpoint is no linear layer or embedding of the model.
+    """
+    layers = {module: _layer(model, module) for group in groups for module in group.modules}
+    rows = max(1, _BATCH_LOGITS // (tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size))
+    batches = [part.to(model.device) for part in torch.split(tokens, rows)]
+    original = [_log_probabilities(model, batch) for batch in batches]
+    losses: dict[str, float] = {}
+    for group in groups:
+        spec = reference_spec(group)
+        if spec is None:
+            losses[group.name] = 0.0
+        else:
+            kept = {module: layers[module].weight.data for module in group.modules}
+            try:
+                for module, weight in kept.items():
+                    layers[module].weight.data = _rounded(weight, spec, importance.get(module), preset)
+                losses[group.name] = _divergence(model, batches, original)
+            finally:
+                for module, weight in kept.items():
+                    layers[module].weight.data = weight
+        if done is not None:
+            done(group.name)
+    return losses
+
+
+def _rounded(weight: Tensor, spec: WeightSpec, importance: Tensor | None, preset: str) -> Tensor:
+    packed = quantize_packed(weight, spec, importance, preset)
+    return dequantize(packed.qweight, packed.scale, packed.zero, spec.bits, spec.group_size, weight.dtype)
+
+
+def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+def _divergence(model: Any, batches: Sequence[Tensor], original: Sequence[Tensor]) -> float:
+    total, count = 0.0, 0
+    for batch, log_p in zip(batches, original, strict=True):
+        log_q = _log_probabilities(model, batch)
+        terms = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+        total += float(terms.sum())
+        count += terms.numel()
+    return max(0.0, total / count)
+
+
+def _layer(model: Any, module: str) -> nn.Linear | nn.Embedding:
+    """A layer by its name in the checkpoint, which may lack the prefix of the base model."""
+    prefix = f"{model.base_model_prefix}."
+    for name in (module, prefix + module, module.removeprefix(prefix)):
+        try:
+            found = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.Linear | nn.Embedding):
+            return found
+    raise UnsupportedModelError(
+        f"expected the layer {module} of the checkpoint as a layer of {type(model).__name__} in transformers, got "
+        "none. Measure the weights instead: --sensitivity weights."
+    )

@@ -1,0 +1,276 @@
+"""From a budget to a recipe: what each layer loses at each width, and the best widths that fit."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from neuqi_serve.budget.allocate import Allocation, allocate
+from neuqi_serve.budget.byte_count import format_bytes
+from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples, reference_spec
+from neuqi_serve.budget.weight_loss import WeightLoss, weight_loss
+from neuqi_serve.budget.width_group import WidthGroup, bytes_at, kept_bytes, width_groups, with_losses
+from neuqi_serve.config import EMBEDDING, LM_HEAD, VocabularyBits, WeightSpec
+from neuqi_serve.errors import DoesNotFitError, UsageError
+from neuqi_serve.format.importance import read_importance, resolve
+from neuqi_serve.format.quantization_config import is_name_of
+from neuqi_serve.format.source import SourceCheckpoint, open_source
+from neuqi_serve.pipeline.progress import Progress
+from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings
+from neuqi_serve.pipeline.selection import Selection, select_modules
+
+# The first is the default: benchmarks/mixed_bits.py finds it ahead.
+SENSITIVITIES = ("divergence", "weights")
+DEFAULT_SENSITIVITY = SENSITIVITIES[0]
+# Sensitivities need no more than this search, some times faster than the default.
+_PRESET = "fast"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either ``bits``, the mean over the linear layers, or ``nbytes``, of all tensors.
+
+    Raises:
+        UsageError: both or neither.
+    """
+
+    bits: float | None = None
+    nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.nbytes is None):
+            raise UsageError(
+                "expected either bits or bytes as a budget, got both or neither. Give one of them."
+            )
+
+    def option(self) -> str:
+        """Return the option of the command line that says the same."""
+        return f"--bits {self.bits}" if self.bits is not None else f"--fit {self.nbytes}"
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """``nbytes``: of the whole model, of at most ``limit``. ``mean_bits``: of the codes of the linear layers."""
+
+    allocation: Allocation
+    groups: tuple[WidthGroup, ...]
+    settings: QuantizationSettings
+    nbytes: int
+    limit: int
+    mean_bits: float
+
+    def lines(self) -> list[str]:
+        """Return what a user should know, a line each."""
+        counts: Counter[tuple[str, int]] = Counter()
+        for group in self.groups:
+            kind = group.name.rpartition(".")[2]
+            counts[kind, self.allocation.chosen[group.name].bits] += 1
+        kinds: dict[str, list[str]] = {}
+        for (kind, bits), count in sorted(counts.items()):
+            kinds.setdefault(kind, []).append(f"{count} × {bits}")
+        lines = [f"{kind}: {', '.join(widths)} bits" for kind, widths in kinds.items()]
+        proof = (
+            "proven best" if self.allocation.gap < 1e-6 else f"within {self.allocation.gap:.2g} of the best"
+        )
+        return [
+            f"{format_bytes(self.nbytes)} of {format_bytes(self.limit)}, {self.mean_bits:.3f} bits a code in linear "
+            f"layers, {proof} for the losses measured",
+            *lines,
+        ]
+
+
+def plan_budget(
+    source_path: Path,
+    settings: QuantizationSettings,
+    budget: Budget,
+    sensitivity: str = DEFAULT_SENSITIVITY,
+    stream: TextIO | None = None,
+    texts: Tensor | None = None,
+) -> BudgetPlan:
+    """Choose the width of every layer; ``settings`` of the result pack them so.
+
+    ``sensitivity``: ``weights`` measures the share of its energy that a layer's weight loses, one weight in memory at a
+    time; ``divergence`` runs the model on ``texts`` (token ids ``[S, T]``; None: drawn from the model itself).
+
+    Raises:
+        DoesNotFitError: even the smallest widths take more; it says how much they take.
+        UsageError: a budget or setting outside what is possible.
+        UnsupportedModelError, IntegrityError: no model there, or one that cannot be packed or is damaged.
+    """
+    if sensitivity not in SENSITIVITIES:
+        raise UsageError(f"expected a sensitivity among {SENSITIVITIES}, got {sensitivity!r}.")
+    source = open_source(source_path)
+    asked = settings.vocabulary or VocabularyBits()
+    selection = select_modules(source, settings.spec, settings.vocabulary)
+    groups = width_groups(source, selection, asked)
+    limit = budget.nbytes if budget.nbytes is not None else bytes_at(source, selection, budget.bits or 0.0)
+    kept = kept_bytes(source, selection)
+    _check_feasible(groups, kept, limit)
+    measured = _measured(source, selection, groups, settings, sensitivity, stream, texts)
+    allocation = allocate(measured, limit - kept)
+    return BudgetPlan(
+        allocation=allocation,
+        groups=measured,
+        settings=_settings(settings, selection, measured, allocation, budget),
+        nbytes=kept + allocation.nbytes,
+        limit=limit,
+        mean_bits=_mean_bits(selection, measured, allocation),
+    )
+
+
+def _check_feasible(groups: Sequence[WidthGroup], kept: int, limit: int) -> None:
+    smallest = kept + sum(min(choice.nbytes for choice in group.choices) for group in groups)
+    if smallest > limit:
+        raise DoesNotFitError(
+            f"expected a budget of at least {smallest} bytes ({format_bytes(smallest)}), the model at its smallest "
+            f"widths, got {limit}. Raise it, or choose a larger --group-size."
+        )
+
+
+def _measured(
+    source: SourceCheckpoint,
+    selection: Selection,
+    groups: Sequence[WidthGroup],
+    settings: QuantizationSettings,
+    sensitivity: str,
+    stream: TextIO | None,
+    texts: Tensor | None,
+) -> tuple[WidthGroup, ...]:
+    importance = _importance(settings, groups, selection)
+    weights = _weight_losses(source, selection, groups, settings, importance, stream)
+    if sensitivity == "weights":
+        at_reference = {
+            group.name: 1.0 if spec is None else weights[group.name].sensitivity(spec.bits)
+            for group, spec in ((group, reference_spec(group)) for group in groups)
+        }
+    else:
+        at_reference = _run_divergence(source.path, groups, settings, importance, stream, texts)
+    measured = []
+    for group in groups:
+        found, spec = weights[group.name], reference_spec(group)
+        reference = 1.0 if spec is None else found.relative(spec.bits)
+        losses = {
+            choice.bits: 0.0
+            if not reference
+            else at_reference[group.name] * found.relative(choice.bits) / reference
+            for choice in group.choices
+        }
+        measured.append(with_losses(group, losses))
+    return tuple(measured)
+
+
+def _weight_losses(
+    source: SourceCheckpoint,
+    selection: Selection,
+    groups: Sequence[WidthGroup],
+    settings: QuantizationSettings,
+    importance: Mapping[str, Tensor],
+    stream: TextIO | None,
+) -> dict[str, WeightLoss]:
+    sizes = {module: source.tensors[f"{module}.weight"].spec.nbytes for module in selection.modules}
+    progress = Progress(sum(sizes.values()), "B", stream, steps=len(sizes)) if stream is not None else None
+    losses: dict[str, WeightLoss] = {}
+    try:
+        for group in groups:
+            for module in group.modules:
+                weight = source.read(f"{module}.weight").to(settings.device)
+                specs = [choice.spec for choice in group.choices]
+                found = weight_loss(weight, specs, importance.get(module), _PRESET)
+                losses[group.name] = losses[group.name] + found if group.name in losses else found
+                if progress is not None:
+                    progress.advance(sizes[module], f"weighing {module}")
+    finally:
+        if progress is not None:
+            progress.close()
+    return losses
+
+
+def _run_divergence(
+    path: Path,
+    groups: Sequence[WidthGroup],
+    settings: QuantizationSettings,
+    importance: Mapping[str, Tensor],
+    stream: TextIO | None,
+    texts: Tensor | None,
+) -> dict[str, float]:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UsageError(
+            "expected transformers for --sensitivity divergence, it is not installed. Install it, or use "
+            "--sensitivity weights."
+        ) from None
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(settings.device).eval()
+    progress = Progress(len(groups), "groups", stream) if stream is not None else None
+    try:
+        tokens = own_samples(model) if texts is None else texts
+        done = None if progress is None else lambda name: progress.advance(1, f"running without {name}")
+        return divergence_losses(model, groups, tokens, importance, _PRESET, done)
+    finally:
+        if progress is not None:
+            progress.close()
+        del model
+        gc.collect()
+
+
+def _importance(
+    settings: QuantizationSettings, groups: Sequence[WidthGroup], selection: Selection
+) -> Mapping[str, Tensor]:
+    if settings.importance is None:
+        return {}
+    inputs = {
+        module: selection.modules[module][1]
+        for group in groups
+        if not group.vocabulary
+        for module in group.modules
+    }
+    return resolve(read_importance(settings.importance), inputs).values
+
+
+def _settings(
+    settings: QuantizationSettings,
+    selection: Selection,
+    groups: Sequence[WidthGroup],
+    allocation: Allocation,
+    budget: Budget,
+) -> QuantizationSettings:
+    """The settings with the widths chosen; the default is the width that most layers have."""
+    linear: dict[str, WeightSpec] = {}
+    widths: dict[str, int] = {}
+    for group in groups:
+        choice = allocation.chosen[group.name]
+        if group.vocabulary:
+            name = LM_HEAD if is_name_of(LM_HEAD, group.name) else EMBEDDING
+            widths[name] = choice.bits
+        elif choice.spec is not None:
+            linear |= dict.fromkeys(group.modules, choice.spec)
+    common = Counter(linear.values()).most_common()
+    # The narrowest of equally many, so that the same allocation gives the same recipe.
+    spec = min((one for one, count in common if count == common[0][1]), key=lambda one: one.bits)
+    vocabulary = settings.vocabulary
+    if widths:
+        # A tied pair is one group, under the name of the embedding.
+        embedding = widths.get(EMBEDDING)
+        head = embedding if selection.tied else widths.get(LM_HEAD)
+        asked = settings.vocabulary or VocabularyBits()
+        vocabulary = VocabularyBits(
+            asked.lm_head if head is None else head, asked.embedding if embedding is None else embedding
+        )
+    exceptions = {name: one for name, one in linear.items() if one != spec}
+    return replace(settings, spec=spec, vocabulary=vocabulary, exceptions=exceptions, budget=budget.option())
+
+
+def _mean_bits(selection: Selection, groups: Sequence[WidthGroup], allocation: Allocation) -> float:
+    bits = weights = 0
+    for group in groups:
+        if not group.vocabulary:
+            count = sum(rows * columns for rows, columns in (selection.modules[m] for m in group.modules))
+            bits += allocation.chosen[group.name].bits * count
+            weights += count
+    return bits / weights

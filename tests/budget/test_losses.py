@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples
+from neuqi_serve.budget.weight_loss import weight_loss
+from neuqi_serve.budget.width_group import Choice, WidthGroup
+from neuqi_serve.config import WeightSpec
+from neuqi_serve.errors import UnsupportedModelError
+from neuqi_serve.quant.affine import dequantize
+from neuqi_serve.quant.quantize import quantize_weight
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+SPECS = [WeightSpec(bits, 32) for bits in (2, 3, 4, 8)]
+
+
+def weight(seed: int = 0) -> torch.Tensor:
+    return torch.randn(17, 96, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_weight_losses_are_the_squared_errors(weighed: bool) -> None:
+    importance = torch.linspace(0.1, 3, 96) if weighed else None
+    mass = torch.ones(96) if importance is None else importance
+    found = weight_loss(weight(), [*SPECS, None], importance, "fast")
+    for spec in SPECS[:3]:
+        error = dequantize(quantize_weight(weight(), spec, importance, "fast"), torch.float32) - weight()
+        assert found.squared[spec.bits] == pytest.approx(float((error.square() * mass).sum()), rel=1e-5)
+    assert found.norm == pytest.approx(float((weight().square() * mass).sum()), rel=1e-5)
+    assert found.squared[16] == 0.0
+    assert found.weights == 17 * 96
+
+
+def test_the_loss_at_8_bits_follows_from_that_at_4() -> None:
+    found = weight_loss(weight(), SPECS, None, "balanced")
+    error = dequantize(quantize_weight(weight(), SPECS[3]), torch.float32) - weight()
+    # NeUQI gains less over the uniform grid the finer it is: a few tens of percent between 4 and 8 bits.
+    assert found.squared[8] == pytest.approx(float(error.square().sum()), rel=0.4)
+
+
+def test_losses_of_a_group_add_up() -> None:
+    first, second = (weight_loss(weight(seed), SPECS, None, "fast") for seed in (0, 1))
+    total = first + second
+    assert total.squared[2] == first.squared[2] + second.squared[2]
+    assert total.relative(2) == pytest.approx(total.squared[2] / (first.norm + second.norm))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, bos_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def group(*modules: str) -> WidthGroup:
+    choices = tuple(Choice(spec, spec.bits) for spec in SPECS)
+    return WidthGroup(modules[0], modules, choices)
+
+
+@torch.no_grad()
+def test_divergences_are_those_of_a_model_with_one_group_quantized(model: Any) -> None:
+    tokens = torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(0))
+    names = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    found = divergence_losses(
+        model, [group(*names), group("model.layers.1.mlp.down_proj")], tokens, {}, "fast"
+    )
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+    original = model(tokens).logits.double().log_softmax(-1)
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.weight.copy_(dequantize(quantize_weight(layer.weight, SPECS[0], None, "fast"), torch.float32))
+    changed = model(tokens).logits.double().log_softmax(-1)
+    for name in names:
+        model.get_submodule(name).weight.copy_(before[f"{name}.weight"])
+    expected = float((original.exp() * (original - changed)).sum(-1).mean())
+    # Logits and their softmax in float32 there, in float64 here.
+    assert found[names[0]] == pytest.approx(expected, rel=1e-3)
+    assert found["model.layers.1.mlp.down_proj"] > 0
+
+
+def test_samples_are_the_models_own_and_always_alike(model: Any) -> None:
+    first, second = own_samples(model, 4, 30), own_samples(model, 4, 30)
+    assert torch.equal(first, second)
+    assert first.shape == (4, 30)
+    assert set(first[:, 0].tolist()) == {3}
+    with torch.no_grad():
+        shares = model(first).logits.log_softmax(-1)[:, :-1].gather(-1, first[:, 1:, None])
+        other = torch.randint(67, first.shape, generator=torch.Generator().manual_seed(0))
+        random = model(other).logits.log_softmax(-1)[:, :-1].gather(-1, other[:, 1:, None])
+    assert shares.mean() > random.mean() + 0.5
+
+
+def test_a_layer_that_transformers_does_not_have_is_refused(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="--sensitivity weights"):
+        divergence_losses(
+            model, [group("model.layers.0.mlp.experts.0.w1")], torch.zeros(1, 4).long(), {}, "fast"
+        )
