@@ -42,6 +42,7 @@ CONFLICTING_OPTIONS = (
     "model-loader-extra-config",
     "nnodes",
     "quantization",
+    "quantization-config",
 )
 # Folders that belong to a model and are no part of a packed checkpoint.
 _KEPT_FOLDERS = ("1_Pooling", "additional_chat_templates")

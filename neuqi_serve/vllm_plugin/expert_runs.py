@@ -71,10 +71,7 @@ class OperatorRun:
         """Return this rank's share of ``y [tokens, H]``."""
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.to(torch.int64)]
-        held = layer._parameters
-        first, second = (
-            (held[f"{name}_qweight"], held[f"{name}_scale"], held[f"{name}_zero"]) for name in ("w13", "w2")
-        )
+        first, second = _weights(layer)
         if torch.compiler.is_compiling():
             return torch.ops.neuqi.experts(
                 x, *first, *second, None, None, topk_weights, topk_ids, *self._options, self.name
@@ -84,10 +81,7 @@ class OperatorRun:
 
 
 class GroupedRun:
-    """``neuqi::moe_gemm`` twice, on routes that vLLM sorts on the device, with vLLM's activation between.
-
-    Nothing waits for the device, so that a CUDA graph can hold it.
-    """
+    """Two grouped products on routes that vLLM sorts on the device, with vLLM's activation between."""
 
     def __init__(self, backend: MoeBackend, spec: ExpertsSpec) -> None:
         self.name, self._backend, self._spec = backend.name, backend, spec
@@ -106,37 +100,24 @@ class GroupedRun:
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         """Return this rank's share of ``y [tokens, H]``."""
-        spec, (tokens, top_k) = self._spec, topk_ids.shape
-        pairs = self._product(layer, "w13", x, None, topk_ids, top_k, spec.first)
-        hidden = pairs.new_empty(pairs.shape[0], spec.second.k)
-        compat.apply_activation(layer, hidden, pairs)
-        parts = self._product(layer, "w2", hidden, topk_weights, topk_ids, 1, spec.second)
-        return parts.view(tokens, top_k, -1).sum(1)
+        from neuqi_kernels.gpu import grouped_experts
 
-    def _product(
-        self,
-        layer: Any,
-        name: str,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        topk_ids: torch.Tensor,
-        top_k: int,
-        spec: GemmSpec,
-    ) -> torch.Tensor:
-        held = layer._parameters
-        block = self._backend.block_size(spec, self._spec.experts, topk_ids.shape[0], topk_ids.shape[1])
-        routes = compat.align_routes(topk_ids, block, layer.global_num_experts, layer.expert_map)
-        return self._backend.moe_gemm(
-            x,
-            held[f"{name}_qweight"],
-            held[f"{name}_scale"],
-            held[f"{name}_zero"],
-            None,
-            topk_weights,
-            *routes,
-            spec.n,
-            top_k,
-            block,
-            spec.bits,
-            spec.group_size,
+        def align(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return compat.align_routes(ids, block, layer.global_num_experts, layer.expert_map)
+
+        def activate(hidden: torch.Tensor, pairs: torch.Tensor) -> None:
+            compat.apply_activation(layer, hidden, pairs)
+
+        first, second = _weights(layer)
+        return grouped_experts.run(
+            self._backend, self._spec, x, first, second, topk_weights, topk_ids, align, activate
         )
+
+
+def _weights(layer: Any) -> tuple[Prepared, Prepared]:
+    """The prepared tensors of both stacks, past a module's attribute search."""
+    held = layer._parameters
+    return (
+        (held["w13_qweight"], held["w13_scale"], held["w13_zero"]),
+        (held["w2_qweight"], held["w2_scale"], held["w2_zero"]),
+    )

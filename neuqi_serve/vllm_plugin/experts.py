@@ -101,12 +101,11 @@ class NeuqiOnlineExpertsMethod(NeuqiExpertsMethod):
         packed = quantize_packed(
             mine.to(self.device), stack.spec, importance, preset=self.config.recipe.preset
         )
-        for part in PARTS:
-            name = f"{STACK_OF[shard]}_{part}"
+        for piece, (shape, dtype) in stack.shapes(self.experts).items():
+            name = f"{STACK_OF[shard]}_{piece}"
             if name not in self.packed:
-                shape, dtype = stack.shapes(self.experts)[part]
                 self.packed[name] = torch.empty(shape, dtype=dtype, device=self.device)
-            self._rows(self.packed[name], shard, expert).copy_(getattr(packed, part))
+            self._rows(self.packed[name], shard, expert).copy_(getattr(packed, piece))
         stack.record.quantize_seconds += time.perf_counter() - started
         arrived = self.arrived.setdefault(part, set())
         arrived.add((expert, shard))

@@ -77,6 +77,7 @@ class NeuqiLinearMethod(LinearMethodBase):
         return noting_loader
 
     def _check_arrived(self, layer: Any, names: tuple[str, ...]) -> None:
+        self.config.unused_names.warn()
         for name in names:
             shards = self.loaded_shards.get(name, set())
             if None in shards or len(shards) >= self.expected_shards:

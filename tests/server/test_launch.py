@@ -22,7 +22,7 @@ from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.server.command_line import OwnOptions
 from neuqi_serve.server.defaults import SHUTDOWN_TIMEOUT_SECONDS, Choice
 from neuqi_serve.server.endpoints import GRACEFUL_SHUTDOWN_SECONDS
-from neuqi_serve.server.launch import check_settings, complete
+from neuqi_serve.server.launch import check_settings, complete, with_environment
 from neuqi_serve.server.served_model import ServedModel
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 512}
@@ -33,7 +33,10 @@ NEUQI = Path(sys.executable).with_name("neuqi")
 
 
 def _packed(bits: int = 3, group_size: int = 64) -> ServedModel:
-    return ServedModel("p", "/p", CONFIG, "packed", method="neuqi", spec=WeightSpec(bits, group_size))
+    recipe = QuantizationRecipe(WeightSpec(bits, group_size))
+    return ServedModel(
+        "p", "/p", CONFIG, "packed", method="neuqi", spec=WeightSpec(bits, group_size), recipe=recipe
+    )
 
 
 def _plain(name: str = "m") -> ServedModel:
@@ -115,6 +118,32 @@ def test_settings_for_an_unquantized_model_travel_in_the_overrides() -> None:
     assert args.hf_overrides["quantization_config"]["bits"] == 2
     assert args.hf_overrides["quantization_config"]["online"] is True
     assert (args.model_tag, args.served_model_name, args.max_num_seqs) == ("/models/m", ["m"], 16)
+
+
+def test_options_go_before_the_environment_and_all_are_one_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUQI_BITS", "2")
+    monkeypatch.setenv("NEUQI_GROUP_SIZE", "64")
+    args = _completed(
+        _plain(),
+        OwnOptions(bits=3),
+        quantization_config={"preset": "fast"},
+        additional_config={"neuqi": {"lm_head_bits": 4}},
+    )
+    settings = args.hf_overrides["quantization_config"]
+    assert {key: settings[key] for key in ("bits", "group_size", "preset", "lm_head_bits")} == {
+        "bits": 3,
+        "group_size": 64,
+        "preset": "fast",
+        "lm_head_bits": 4,
+    }
+    assert args.quantization_config is None
+    with pytest.raises(UsageError, match="3 from --bits and 4 from --quantization-config"):
+        _completed(_plain(), OwnOptions(bits=3), quantization_config={"bits": 4})
+    assert with_environment(OwnOptions(), _plain()).spec() == WeightSpec(2, 64)
+    # A packed model has its own.
+    assert with_environment(OwnOptions(), _packed()) == OwnOptions()
+    with pytest.raises(UsageError, match="as the checkpoint is packed, got 2 from --quantization-config"):
+        _completed(_packed(), OwnOptions(), quantization_config={"bits": 2})
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
@@ -187,6 +189,104 @@ def test_answers_are_those_of_transformers_with_dequantized_weights(
         rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
         chosen = rows[torch.arange(len(tokens)), torch.tensor(tokens)]
         torch.testing.assert_close(chosen, torch.tensor(logprobs), atol=LOGPROB_TOLERANCE, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def many_experts(answers: Callable[[str], Answers], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer whose experts are nearly all of the model."""
+    folder = tmp_path_factory.mktemp("many-experts")
+    config = json.loads((answers("qwen3_moe").model / "config.json").read_text())
+    count, wide = 256, 512
+    # transformers writes it under either name.
+    config |= {"num_experts": count, "num_local_experts": count}
+    config |= {"num_hidden_layers": 1, "moe_intermediate_size": wide}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(answers("qwen3_moe").model / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if ".layers.1." not in n and ".mlp." not in n}
+    hidden, weights = config["hidden_size"], torch.randn(count, 3, wide * config["hidden_size"]).bfloat16()
+    block = "model.layers.0.mlp"
+    kept[f"{block}.gate.weight"] = torch.randn(count, hidden).bfloat16()
+    for expert in range(count):
+        gate, up, down = weights[expert]
+        kept[f"{block}.experts.{expert}.gate_proj.weight"] = gate.view(wide, hidden)
+        kept[f"{block}.experts.{expert}.up_proj.weight"] = up.view(wide, hidden)
+        kept[f"{block}.experts.{expert}.down_proj.weight"] = down.view(hidden, wide)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_layers_unquantized_experts_never_exist_together(
+    many_experts: Path, engine: Callable[..., Any]
+) -> None:
+    """On the fly: memory beyond what is left in the end is far below the bf16 weights of the layer."""
+    layer_bytes = 256 * 3 * 512 * 128 * 2
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=sample)
+    before = anonymous_bytes()
+    watcher.start()
+    try:
+        with engine(many_experts, **overrides("qwen3_moe", preset="fast")) as llm:
+            told = llm.collective_rpc("neuqi_load_report")[0]["weight_bytes"]
+            after = anonymous_bytes()
+    finally:
+        done.set()
+        watcher.join()
+    packed = told["packed"] + told["scale_zero"]
+    assert packed > layer_bytes * 3.9 / 16
+    # The canonical form and the one for the kernel exist together for a moment; what vLLM itself needs is small here.
+    assert max(samples) - max(before, after) < packed + (16 << 20) < layer_bytes / 2
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is no file's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+
+@pytest.mark.parametrize("road", ["online", "packed"])
+def test_missing_experts_are_noticed(
+    road: str,
+    answers: Callable[[str], Answers],
+    tmp_path: Path,
+    engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from neuqi_serve.vllm_plugin.config import NeuqiConfig
+
+    # The check of a packed folder against its manifest would find it first.
+    monkeypatch.setattr(NeuqiConfig, "maybe_update_config", lambda *_, **__: None)
+    found = answers("qwen3_moe")
+    source, part = (found.model, "weight") if road == "online" else (found.packed, "zero")
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.experts.5.up_proj.{part}"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    options = overrides("qwen3_moe") if road == "online" else {}
+    with (
+        pytest.raises(Exception, match=rf"24 part.*'{part}' .*1 did not come.*w3 of.*expert 5"),
+        engine(broken, **options),
+    ):
+        pass
+
+
+def test_weights_can_be_loaded_again(answers: Callable[[str], Answers], engine: Callable[..., Any]) -> None:
+    found = answers("qwen3_moe")
+    with engine(found.model, dtype="float32", **overrides("qwen3_moe")) as llm:
+        addresses = llm.apply_model(expert_addresses)
+        llm.collective_rpc("reload_weights")
+        assert llm.apply_model(expert_addresses) == addresses
+        assert generate(llm) == found.online
+
+
+def expert_addresses(model: torch.nn.Module) -> list[int]:
+    return [p.data_ptr() for n, p in model.named_parameters() if "w13_" in n or "w2_" in n]
 
 
 def test_two_ranks_share_the_experts_or_slice_each(answers: Callable[[str], Answers], tmp_path: Path) -> None:
