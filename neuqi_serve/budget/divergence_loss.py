@@ -6,6 +6,7 @@ divergence is quadratic in them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from neuqi_serve.quant.quantize import quantize_packed
 SEQUENCES, LENGTH = 8, 128
 _SEED = 0
 _BATCH_LOGITS = 1 << 26
+_EXPERT = re.compile(
+    r"(?P<layer>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)"
+)
+_GATE, _DOWN = ("gate_proj", "w1"), ("down_proj", "w2")
 
 
 def own_samples(model: Any, sequences: int = SEQUENCES, length: int = LENGTH) -> Tensor:
@@ -64,7 +69,7 @@ def divergence_losses(
     Raises:
         UnsupportedModelError: a layer of the checkpoint is no linear layer or embedding of the model.
     """
-    layers = {module: _layer(model, module) for group in groups for module in group.modules}
+    weights = {module: weight_of(model, module) for group in groups for module in group.modules}
     rows = max(1, _BATCH_LOGITS // (tokens.shape[1] * model.config.get_text_config(decoder=True).vocab_size))
     batches = [part.to(model.device) for part in torch.split(tokens, rows)]
     original = [_log_probabilities(model, batch) for batch in batches]
@@ -74,14 +79,14 @@ def divergence_losses(
         if spec is None:
             losses[group.name] = 0.0
         else:
-            kept = {module: layers[module].weight.data for module in group.modules}
+            kept = {module: weights[module].clone() for module in group.modules}
             try:
                 for module, weight in kept.items():
-                    layers[module].weight.data = _rounded(weight, spec, importance.get(module), preset)
+                    weights[module].copy_(_rounded(weight, spec, importance.get(module), preset))
                 losses[group.name] = _divergence(model, batches, original)
             finally:
                 for module, weight in kept.items():
-                    layers[module].weight.data = weight
+                    weights[module].copy_(weight)
         if done is not None:
             done(group.name)
     return losses
@@ -107,16 +112,32 @@ def _divergence(model: Any, batches: Sequence[Tensor], original: Sequence[Tensor
     return max(0.0, total / count)
 
 
-def _layer(model: Any, module: str) -> nn.Linear | nn.Embedding:
-    """A layer by its name in the checkpoint, which may lack the prefix of the base model."""
+def weight_of(model: Any, module: str) -> Tensor:
+    """Return the weight ``[N, K]`` that a checkpoint calls ``module``, as a view of the model's own memory.
+
+    The model may lack the prefix of its base model; experts lie in stacked tensors ``gate_up_proj [E, 2·I, H]`` and
+    ``down_proj [E, H, I]``.
+
+    Raises:
+        UnsupportedModelError: there is no such layer.
+    """
     prefix = f"{model.base_model_prefix}."
-    for name in (module, prefix + module, module.removeprefix(prefix)):
+    renamed = module.replace(".block_sparse_moe.", ".mlp.")
+    for name in (module, renamed, prefix + module, module.removeprefix(prefix)):
+        expert = _EXPERT.fullmatch(name)
         try:
-            found = model.get_submodule(name)
+            found = model.get_submodule(name if expert is None else expert["layer"])
         except AttributeError:
             continue
         if isinstance(found, nn.Linear | nn.Embedding):
-            return found
+            return found.weight.data
+        if expert is not None and hasattr(found, "gate_up_proj") and found.gate_up_proj.ndim == 3:
+            number, part = int(expert["expert"]), expert["part"]
+            if part in _DOWN:
+                down: Tensor = found.down_proj.data[number]
+                return down
+            gate, up = found.gate_up_proj.data[number].chunk(2)
+            return gate if part in _GATE else up
     raise UnsupportedModelError(
         f"expected the layer {module} of the checkpoint as a layer of {type(model).__name__} in transformers, got "
         "none. Measure the weights instead: --sensitivity weights."

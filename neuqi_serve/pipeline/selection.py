@@ -14,10 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from neuqi_serve.config import (
-    EMBEDDING,
     LM_HEAD,
     SUPPORTED_GROUP_SIZES,
-    UNQUANTIZED_BITS,
     WHOLE_ROW,
     VocabularyBits,
     WeightSpec,
@@ -85,7 +83,8 @@ def select_modules(
         modules[module] = (out_features, in_features)
     _check_fit(modules, unfit, source, spec)
     tied = is_tied(source)
-    recipe = default.with_vocabulary(_vocabulary_bits(family, vocabulary), tied)
+    widths = (vocabulary or VocabularyBits()).supported_by(source.architecture)
+    recipe = default.with_vocabulary(widths, tied)
     for module in matrices:
         if module in modules or module in unfit or recipe.vocabulary_spec(module) is None:
             continue
@@ -103,24 +102,6 @@ def is_tied(source: SourceCheckpoint) -> bool:
     """Whether output head and embedding are one tensor: ``config.json`` says so, and the checkpoint has no head."""
     has_head = any(is_name_of(LM_HEAD, name.removesuffix(".weight")) for name in source.tensors)
     return ties_vocabulary(source.config) and not has_head
-
-
-def _vocabulary_bits(family: Family, asked: VocabularyBits | None) -> VocabularyBits:
-    """What was asked for, or 16 where vLLM's class of the model cannot run a packed head and embedding.
-
-    Raises:
-        UsageError: another width was asked for there.
-    """
-    asked = asked or VocabularyBits()
-    if family.packs_vocabulary:
-        return asked
-    for name, bits in ((LM_HEAD, asked.lm_head), (EMBEDDING, asked.embedding)):
-        if bits not in (None, UNQUANTIZED_BITS):
-            raise UsageError(
-                f"expected 16 bits for {name} of this model, whose class in vLLM takes no packed vocabulary, "
-                f"got {bits}. Leave the option out."
-            )
-    return VocabularyBits(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from neuqi_serve.config import (
@@ -20,7 +21,7 @@ from neuqi_serve.config import (
     VocabularyBits,
     WeightSpec,
 )
-from neuqi_serve.errors import UsageError
+from neuqi_serve.format.online_settings import HF_OVERRIDES, merge_settings, settings_object
 from neuqi_serve.server.listen_address import ListenAddress
 from neuqi_serve.server.operation import Operation, add_operation_options
 
@@ -37,6 +38,8 @@ examples:
   neuqi serve demo
   neuqi serve Qwen/Qwen3-0.6B --bits 3 --group-size 64 --port 8080"""
 
+# Our options that are settings for quantizing while loading.
+SETTINGS = ("bits", "group_size", "scale_dtype", "preset", "importance", "lm_head_bits", "embedding_bits")
 # Options of vLLM that name something the Hugging Face hub may have to give.
 _HUB_OPTIONS = (
     "tokenizer",
@@ -76,6 +79,21 @@ class OwnOptions:
             args.lm_head_bits,
             args.embedding_bits,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the user gave, as the settings travel in vLLM's configuration."""
+        given = {key: getattr(self, key) for key in SETTINGS if getattr(self, key) is not None}
+        if self.importance is not None:
+            # The engine may run in another folder.
+            given["importance"] = str(self.importance.resolve())
+        return given
+
+    def completed_by(self, settings: Mapping[str, Any]) -> OwnOptions:
+        """Return these options with ``settings`` (those of the environment) where the user gave nothing."""
+        missing = {key: settings[key] for key in SETTINGS if key in settings and getattr(self, key) is None}
+        if "importance" in missing:
+            missing["importance"] = Path(missing["importance"])
+        return replace(self, **missing)
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -225,48 +243,39 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
     )
 
 
-def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
+def merged_overrides(
+    given: Any,
+    own: OwnOptions,
+    others: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    environment: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return the user's ``--hf-overrides`` with the on-the-fly settings in ``quantization_config``.
 
-    They travel here because vLLM's compile-cache key covers it, as it does not cover the environment.
+    ``others``: name and settings of further sources. They travel here because vLLM's compile-cache key covers it, as it
+    does not cover the environment.
 
     Raises:
-        UsageError: the user's overrides set another method, or contradict ``--bits`` or its kin.
+        UsageError: a source names another method, or two give different values (``format.online_settings``).
     """
     overrides = dict(given or {})
-    spec = own.spec()
-    settings: dict[str, Any] = {
+    settings = merge_settings(
+        [
+            *((f"--{_option(key)}", {key: value}) for key, value in own.settings().items()),
+            (HF_OVERRIDES, settings_object(overrides.get("quantization_config"), HF_OVERRIDES)),
+            *others,
+        ]
+    )
+    default = WeightSpec()
+    # What is not here is left to the engine: its default depends on whether the model ties head and embedding.
+    defaults = {
         "quant_method": "neuqi",
-        "bits": spec.bits,
-        "group_size": spec.group_size,
-        "scale_dtype": spec.scale_dtype,
-        "preset": own.preset or DEFAULT_PRESET,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "scale_dtype": default.scale_dtype,
+        "preset": DEFAULT_PRESET,
         "online": True,
     }
-    if own.importance is not None:
-        # The engine may run in another folder.
-        settings["importance"] = str(own.importance.resolve())
-    widths = {"lm_head_bits": own.lm_head_bits, "embedding_bits": own.embedding_bits}
-    # What was not given stays out: its default depends on whether the model ties the two.
-    settings |= {key: bits for key, bits in widths.items() if bits is not None}
-    users = overrides.get("quantization_config")
-    if users is None:
-        return {**overrides, "quantization_config": settings}
-    if not isinstance(users, Mapping):
-        raise UsageError(f"expected an object as quantization_config in --hf-overrides, got {users!r}.")
-    method = users.get("quant_method", "neuqi")
-    if method != "neuqi":
-        raise UsageError(
-            f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
-        )
-    asked = {key: getattr(own, key) for key in ("bits", "group_size", "scale_dtype", "preset")}
-    for key, value in (asked | widths).items():
-        if value is not None and users.get(key, value) != value:
-            raise UsageError(
-                f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "
-                "Remove one of them."
-            )
-    return {**overrides, "quantization_config": {**settings, **users}}
+    return {**overrides, "quantization_config": {**defaults, **environment, **settings}}
 
 
 def _option(key: str) -> str:

