@@ -15,6 +15,8 @@ from typing import Any
 from neuqi_serve.errors import UsageError
 
 STATUS_SOCKET = "NEUQI_STATUS_SOCKET"
+SANITY_CHECK = "NEUQI_SANITY_CHECK"
+SANITY_MODES = ("refuse", "warn", "off")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,18 @@ def api_keys() -> tuple[str, str]:
 def status_socket() -> str | None:
     """Path of the socket to which a start tells its progress (``NEUQI_STATUS_SOCKET``, set by the server itself)."""
     return os.environ.get(STATUS_SOCKET) or None
+
+
+def sanity_check() -> str:
+    """Return ``NEUQI_SANITY_CHECK``: what to do about a kernel that is wrong, ``refuse`` unless it is set.
+
+    Raises:
+        UsageError: another word.
+    """
+    mode = os.environ.get(SANITY_CHECK) or SANITY_MODES[0]
+    if mode not in SANITY_MODES:
+        raise UsageError(f"{SANITY_CHECK} must be one of {', '.join(SANITY_MODES)}, got {mode!r}.")
+    return mode
 
 
 def _flag(name: str) -> bool:

@@ -29,7 +29,8 @@ VERBS = {
     ),
     "bench": ("neuqi_serve.cli.bench", "time the GPU kernels, and tune them for the GPU at hand"),
 }
-_EPILOG = """exit codes: 0 ok, 1 other error, 2 usage, 3 does not fit, 4 unsupported model, 5 integrity, 6 port in use
+_EPILOG = """exit codes: 0 ok, 1 other error, 2 usage, 3 does not fit, 4 unsupported model, 5 integrity, 6 port in use,
+7 wrong kernel
 
 NEUQI_TRACEBACK=1 shows where an error comes from."""
 

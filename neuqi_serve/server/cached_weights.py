@@ -29,6 +29,7 @@ from neuqi_serve.errors import (
     UsageError,
 )
 from neuqi_serve.server.engine_process import reason_not_to_fork
+from neuqi_serve.server.process_memory import own_memory
 from neuqi_serve.server.served_model import ServedModel, find_model
 
 # Options of vLLM with which the packed weights would not be what is asked for.
@@ -82,17 +83,21 @@ class Answer:
     seconds: float = 0.0
     reason: str = ""
     error: NeuqiError | None = None
+    peak_bytes: int = 0
 
 
 class CachedWeights:
     """The process that looks into the cache. Use as a context manager around the life of the server.
 
-    ``reason``: why the cache is not used, None while it may be.
+    ``reason``: why the cache is not used, None while it may be. ``found``: whether the entry was there, None until that
+    is known. ``peak_bytes``: the most memory that the process held.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = "it was not asked for"
         self.detail = ""
+        self.found: bool | None = None
+        self.peak_bytes = 0
         self._process: multiprocessing.process.BaseProcess | None = None
         self._receiver: Connection | None = None
         self._lock: object | None = None
@@ -131,6 +136,7 @@ class CachedWeights:
         if self._receiver is None:
             return original
         answer = self._answer()
+        self.peak_bytes = answer.peak_bytes
         if answer.error is not None:
             raise answer.error
         if answer.key is None:
@@ -147,6 +153,7 @@ class CachedWeights:
             self.reason = f"the entry has gone: {error}"
             return original
         done = "found and verified" if answer.found else "packed"
+        self.found = answer.found
         self.detail = f"{done} in {answer.seconds:.1f} s: {entry.reference}"
         return replace(entry, name=original.name)
 
@@ -185,7 +192,7 @@ def _work(request: Request, sender: Connection, parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(1)
-    sender.send(_prepared(request))
+    sender.send(replace(_prepared(request), peak_bytes=own_memory().peak))
     sender.close()
 
 

@@ -21,13 +21,13 @@ class HttpMetrics:
     """The counters of one API process; with several processes Prometheus' multiprocess mode adds them up."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._requests = _counter(
+        self._requests = counter(
             REQUESTS,
             "HTTP requests by route template and status, refused ones included.",
             ("route", "code"),
             registry,
         )
-        self._rejected = _counter(
+        self._rejected = counter(
             REJECTED,
             "Requests that were refused, by reason; also in neuqi_http_requests_total.",
             ("reason",),
@@ -48,7 +48,8 @@ class HttpMetrics:
         self._rejected.labels(reason).inc()
 
 
-def _counter(name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> Counter:
+def counter(name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> Counter:
+    """Return the counter of this name, which a second server in the same process must not register again."""
     existing = registry._names_to_collectors.get(name)
     if isinstance(existing, Counter):
         return existing

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuqi_serve.config import EMBEDDING, LM_HEAD
-from neuqi_serve.env import read_environment
+from neuqi_serve.env import SANITY_CHECK, read_environment
 from neuqi_serve.errors import UsageError
 from neuqi_serve.format.online_settings import (
     ADDITIONAL_CONFIG,
@@ -95,6 +96,8 @@ def serve(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str], early: EarlyArguments, status: str) -> int:
     machine = detect_machine()
     offline = early.model is not None and early.hub_free and local_folder(early.model) is not None
+    if early.operation.sanity_check is not None:
+        os.environ[SANITY_CHECK] = early.operation.sanity_check  # the workers read it
     # Before anything imports torch or numpy, which read some of these variables.
     applied = apply_environment(vllm_environment(machine, offline))
     model = _check_early(early)
@@ -232,10 +235,12 @@ def _start(
         late = with_environment(OwnOptions.from_namespace(args), model)
         look_into_cache(cached, model, late, args.revision, early.options, machine)
     vllm_start.check_architecture(model.config)
+    vllm_start.check_tracing(args)
     own = OwnOptions.from_namespace(args)
     quantized = model.kind == "unquantized" and own.quantize
     with timeline.phase("cache") if cached.reason is None else contextlib.nullcontext():
         model = cached.model(model)
+    timeline.cache_found, timeline.cache_peak_bytes = cached.found, cached.peak_bytes
     choices = choose_defaults(machine, model.text_config, model.weight_bytes, given)
     complete(args, model, own, choices)
     own = with_environment(own, model)

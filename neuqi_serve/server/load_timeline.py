@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from neuqi_serve import load_status
 
@@ -17,11 +17,15 @@ ATTRIBUTE = "neuqi_timeline"
 class LoadTimeline:
     """``seconds`` of each phase; ``engine_began``: when vLLM was asked to start its engine, in seconds since 1970.
 
-    Travels in vLLM's parsed arguments, as the API may run in other processes.
+    ``cache_found``: whether the packed weights were in the cache, None where it was not asked; ``cache_peak_bytes``:
+    the peak memory of the process that looked, or packed them. Travels in vLLM's parsed arguments, as the API may run
+    in other processes.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     engine_began: float = 0.0
+    cache_found: bool | None = None
+    cache_peak_bytes: int = 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,9 +45,10 @@ class LoadTimeline:
         setattr(args, ATTRIBUTE, self)
 
 
-def phases_until_now(args: Namespace) -> Mapping[str, float]:
-    """Return the seconds of the phases, that of the engine as it is ready now; none for another command's arguments."""
+def timeline_of(args: Namespace) -> LoadTimeline | None:
+    """Return the timeline of a start by ``neuqi serve``, with the phase ``engine`` as long as it took until now."""
     timeline = getattr(args, ATTRIBUTE, None)
     if not isinstance(timeline, LoadTimeline):
-        return {}
-    return {**timeline.seconds, "engine": max(0.0, time.time() - timeline.engine_began)}
+        return None
+    seconds = timeline.seconds | {"engine": max(0.0, time.time() - timeline.engine_began)}
+    return replace(timeline, seconds=seconds)

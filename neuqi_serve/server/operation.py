@@ -6,12 +6,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuqi_serve.env import SANITY_MODES
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server.listen_address import ListenAddress
 
 DEFAULT_MAX_REQUEST_BYTES = 16 << 20
 STATUS_PORT_OFFSET = 1000
-SANITY_MODES = ("refuse", "warn", "off")
 
 
 @dataclass(frozen=True)

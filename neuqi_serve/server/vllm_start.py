@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuqi_serve.errors import NeuqiError, UnsupportedModelError
+from neuqi_serve.errors import NeuqiError, UnsupportedModelError, UsageError
 from neuqi_serve.server.engine_process import EngineProcesses
 from neuqi_serve.server.lifecycle import engine_died
 
@@ -58,6 +58,21 @@ def _import_model_class(config: Mapping[str, Any]) -> None:
         known = registry.ModelRegistry.models.get(architecture)
         if known is not None:
             known.load_model_cls()
+
+
+def check_tracing(args: argparse.Namespace) -> None:
+    """Refuse to trace without the libraries for it, before anything is loaded.
+
+    Raises:
+        UsageError: ``--otlp-traces-endpoint`` without OpenTelemetry.
+    """
+    from vllm.tracing import is_tracing_available
+
+    if getattr(args, "otlp_traces_endpoint", None) and not is_tracing_available():
+        raise UsageError(
+            "expected OpenTelemetry for --otlp-traces-endpoint, got none installed. Install opentelemetry-sdk and "
+            "opentelemetry-exporter-otlp, or leave the option out."
+        )
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:

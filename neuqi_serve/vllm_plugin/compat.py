@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import torch
@@ -63,19 +64,36 @@ def initialize_online_processing(layer: torch.nn.Module) -> None:
     initialize(layer)
 
 
+def record_span(name: str, seconds: float, attributes: dict[str, Any]) -> None:
+    """Record a span that ends now in vLLM's trace; without ``--otlp-traces-endpoint`` there is none."""
+    try:
+        from vllm.tracing import instrument_manual
+    except ImportError:
+        return
+    end = time.time_ns()
+    instrument_manual(name, end - int(seconds * 1e9), end, attributes)
+
+
 def attach_worker_report() -> None:
-    """Give every worker the method ``neuqi_load_report``, callable by name through ``collective_rpc``."""
+    """Give every worker ``neuqi_load_report`` and its kin, callable by name through ``collective_rpc``."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     if hasattr(WorkerBase, "neuqi_load_report"):
         return
 
     def neuqi_load_report(self: Any) -> dict[str, Any]:
-        from neuqi_serve.vllm_plugin.report import load_report
+        from neuqi_serve.vllm_plugin.report import device_report, load_report
 
-        return load_report(self.get_model(), rank=int(getattr(self, "rank", 0)))
+        report = load_report(self.get_model(), rank=int(getattr(self, "rank", 0)))
+        return report | device_report(getattr(self, "model_runner", None))
+
+    def neuqi_logits_are_finite(self: Any) -> bool | None:
+        from neuqi_serve.vllm_plugin.sanity import logits_are_finite
+
+        return logits_are_finite(self.model_runner)
 
     WorkerBase.neuqi_load_report = neuqi_load_report
+    WorkerBase.neuqi_logits_are_finite = neuqi_logits_are_finite
 
 
 def track_missing_tensors() -> None:
@@ -124,8 +142,8 @@ def receive_between_stages() -> None:
 
 
 def is_expert_layer(layer: torch.nn.Module) -> bool:
-    """Whether vLLM's layer holds the routed experts of a mixture."""
-    return type(layer).__name__ in ("RoutedExperts", "FusedMoE")
+    """Whether vLLM's layer holds the routed experts of a mixture; some models have a class of their own for it."""
+    return any(one.__name__ in ("RoutedExperts", "FusedMoE") for one in type(layer).__mro__)
 
 
 def expert_projections(layer: Any) -> dict[str, str]:

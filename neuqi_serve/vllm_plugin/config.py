@@ -32,6 +32,7 @@ from neuqi_serve.vllm_plugin.folder import check_folder, check_packed_settings
 from neuqi_serve.vllm_plugin.layer_names import UnusedNames, is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
 from neuqi_serve.vllm_plugin.progress import LoadProgress
+from neuqi_serve.vllm_plugin.sanity import SanityCheck
 from neuqi_serve.vllm_plugin.slices import check_slice
 from neuqi_serve.vllm_plugin.vocabulary import (
     NeuqiOnlineVocabularyMethod,
@@ -66,6 +67,7 @@ class NeuqiConfig(QuantizationConfig):
         self.importance = _importance_of(self.settings)
         self.recipe = QuantizationRecipe.for_online(self.settings) if recipe is None else recipe
         self.progress = LoadProgress(silent=not self.online)
+        self.sanity = SanityCheck()
         self._mapper: Any = None
         self._completed = False
         self.unused_names = UnusedNames()

@@ -104,6 +104,9 @@ class NeuqiLinearMethod(LinearMethodBase):
         self.record.packed_bytes = qweight.nbytes
         self.record.scale_zero_bytes = scale.nbytes + zero.nbytes
         prepared = backend.prepare(qweight, scale, zero, spec)
+        self.config.sanity.check(
+            _name(layer), self.record.role, backend, prepared, (qweight, scale, zero), spec
+        )
         for name in ("weight", "qweight", "scale", "zero"):
             if hasattr(layer, name):
                 delattr(layer, name)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from vllm.logger import init_logger
 
 from neuqi_serve import load_status
+from neuqi_serve.vllm_plugin import compat
 
 logger = init_logger("vllm.neuqi")
 
@@ -60,6 +61,8 @@ class LoadProgress:
         load_status.progress(self._phase, self._done_layers, self._layers, self._done, self._total)
         if last:
             load_status.end(self._phase, now - self._made)
+            attributes = {"neuqi.layers": self._layers, "neuqi.bytes": self._total}
+            compat.record_span(f"neuqi.{self._phase}", now - self._made, attributes)
             load_status.begin("warm-up")
         if not self._silent and (last or now - self._last_line >= LINE_INTERVAL_SECONDS):
             self._last_line = now

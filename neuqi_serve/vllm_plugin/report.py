@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 import time
@@ -78,6 +79,28 @@ def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
         **_memory(),
         "reported_at": time.time(),
     }
+
+
+def device_report(runner: Any) -> dict[str, Any]:
+    """Return ``kv_cache_bytes``, the ``host``'s name, and on an accelerator its memory ``used`` and ``total`` in bytes.
+
+    ``runner`` is a worker's model runner; a layer's cache may be a tensor or several.
+    """
+    storages: dict[int, int] = {}
+    pending = list(getattr(runner, "kv_caches", None) or ())
+    while pending:
+        found = pending.pop()
+        if isinstance(found, list | tuple):
+            pending.extend(found)
+        elif isinstance(found, torch.Tensor):
+            # Layers may share one tensor.
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    report: dict[str, Any] = {"kv_cache_bytes": sum(storages.values()), "host": platform.node()}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        report["accelerator_memory"] = {"used": total - free, "total": total}
+    return report
 
 
 def _records(model: torch.nn.Module) -> list[LayerRecord]:

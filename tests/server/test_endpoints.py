@@ -62,7 +62,7 @@ def _publish(client: _Client, seconds: float = 0.2) -> CollectorRegistry:
     async def run() -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await endpoints._publish(client, NeuqiMetrics(registry), "m", "api")
+                await endpoints._publish(client, NeuqiMetrics(registry), "m", "api", [])
 
     asyncio.run(run())
     return registry

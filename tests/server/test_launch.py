@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +22,15 @@ from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import UsageError
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.server.command_line import OwnOptions
-from neuqi_serve.server.defaults import SHUTDOWN_TIMEOUT_SECONDS, Choice
+from neuqi_serve.server.defaults import Choice
 from neuqi_serve.server.endpoints import GRACEFUL_SHUTDOWN_SECONDS
 from neuqi_serve.server.launch import check_settings, complete, with_environment
 from neuqi_serve.server.served_model import ServedModel
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 512}
 BITS, GROUP_SIZE = 3, 64
+# As the fixture ``server`` says it.
+STREAMS, DRAIN_SECONDS = 32, 120
 # Ending the processes once everything is answered, on a machine that others use too.
 TEARDOWN_SECONDS = 40
 NEUQI = Path(sys.executable).with_name("neuqi")
@@ -299,24 +303,61 @@ def test_a_second_server_on_the_port_ends_with_its_own_code(server: Any, model_f
     assert done.stdout == ""
 
 
-def test_sigterm_lets_a_running_request_finish_and_ends_with_code_0(server: Any) -> None:
-    engines = server.children()
-    assert engines
+def test_quantizing_is_a_span_of_the_trace(server: Any, collector: Any) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not collector.has(b"neuqi.quantize"):
+        time.sleep(0.1)
+    assert collector.has(b"neuqi.quantize")
+    assert collector.has(b"neuqi.layers")
+    assert collector.has(b"EngineCore")
+
+
+def test_sigterm_with_many_streams_in_flight_loses_none(server: Any) -> None:
+    children = server.children()
+    assert len(children) >= 2
     reasons: list[str | None] = []
-    started = threading.Event()
+    running = threading.Barrier(STREAMS + 1)
 
     def read() -> None:
-        for event in _ask(server, tokens=60, stream=True):
-            started.set()
-            reasons.extend(choice.finish_reason for choice in event.choices)
+        last = None
+        for number, event in enumerate(_ask(server, tokens=60, stream=True)):
+            if number == 0:
+                running.wait(120)
+            last = event.choices[0].finish_reason
+        reasons.append(last)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert started.wait(60)
-    stopped_at = time.monotonic()
+    readers = [threading.Thread(target=read) for _ in range(STREAMS)]
+    for reader in readers:
+        reader.start()
+    running.wait(120)
     os.kill(server.process.pid, signal.SIGTERM)
-    deadline = SHUTDOWN_TIMEOUT_SECONDS + GRACEFUL_SHUTDOWN_SECONDS + TEARDOWN_SECONDS
-    assert server.process.wait(deadline) == 0
-    reader.join(10)
-    assert reasons[-1] == "length", f"the stream was cut off after {time.monotonic() - stopped_at:.1f} s"
-    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+    code, body = _refusal(f"{server.url}/v1/models")
+    assert (code, json.loads(body)["error"]["code"]) == (503, "server_draining")
+    assert _get(f"{server.url}/health")[0] == 503
+    assert json.loads(_get(f"{server.status_url}/readyz")[1]) == {"ready": False, "reason": "stopping"}
+    assert _get(f"{server.status_url}/livez")[0] == 200
+    assert "neuqi_bits_per_weight" in _get(f"{server.url}/metrics")[1]
+    assert server.process.wait(DRAIN_SECONDS + GRACEFUL_SHUTDOWN_SECONDS + TEARDOWN_SECONDS) == 0
+    for reader in readers:
+        reader.join(10)
+    assert reasons == ["length"] * STREAMS
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def _get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def _refusal(url: str) -> tuple[int, str]:
+    """Ask until the signal has been handled, which is a matter of milliseconds."""
+    answer = _get(url)
+    for _ in range(100):
+        if answer[0] != 200:
+            break
+        time.sleep(0.02)
+        answer = _get(url)
+    return answer

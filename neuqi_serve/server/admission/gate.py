@@ -17,6 +17,7 @@ from neuqi_serve.server.admission.rate_limit import RateLimits
 from neuqi_serve.server.admission.refusal import Refusal
 from neuqi_serve.server.admission.routes import Access, access, exists, is_monitoring, route_path
 from neuqi_serve.server.admission.settings import ATTRIBUTE, AdmissionSettings
+from neuqi_serve.server.admission.shared_levels import SharedLevels
 from neuqi_serve.server.admission.usage import charged
 from neuqi_serve.server.http_metrics import HttpMetrics
 
@@ -66,8 +67,8 @@ class Gate:
         self._settings = settings
         file = KeyFile(settings.key_file) if settings.key_file is not None else None
         self._keys = KeyRing(settings.fixed, file)
-        processes = getattr(app.state.args, "api_server_count", None) or 1
-        self._limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute, processes)
+        levels = SharedLevels(settings.shared_levels) if settings.shared_levels is not None else None
+        self._limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute, levels)
         if settings.cross_origin:
             self._refuse = _with_cors(app.state.args)
         app.state.neuqi_gate = self

@@ -6,34 +6,41 @@ import time
 from collections.abc import Callable
 
 from neuqi_serve.server.admission.keys import ApiKey
+from neuqi_serve.server.admission.shared_levels import Cell, OwnCell, SharedLevels
 
 # The bucket of requests without a key, where the server has none.
 ANYBODY = ApiKey("", b"")
 
 
 class Bucket:
-    """``per_minute`` units, all there at the start, refilled evenly. May go below zero: a debt is waited off."""
+    """``per_minute`` units, all there at the start, refilled evenly. May go below zero: a debt is waited off.
 
-    def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
+    ``cell`` holds what is left, in memory or in a file that several processes share.
+    """
+
+    def __init__(
+        self, per_minute: float, clock: Callable[[], float] = time.monotonic, cell: Cell | None = None
+    ) -> None:
         self.per_minute, self._clock = per_minute, clock
-        self._level, self._seen = per_minute, clock()
+        self._cell = OwnCell() if cell is None else cell
 
     def wait(self) -> float:
         """Seconds until a unit is there; 0 when it is."""
-        self._refill()
         # A limit below one per minute still lets one through when the bucket is full.
         need = min(1.0, self.per_minute)
-        return max(0.0, (need - self._level) * 60 / self.per_minute)
+        return max(0.0, (need - self._left_after(0)) * 60 / self.per_minute)
 
     def take(self, amount: float) -> None:
         """Take ``amount`` units out, whether they are there or not."""
-        self._refill()
-        self._level -= amount
+        self._left_after(amount)
 
-    def _refill(self) -> None:
+    def _left_after(self, amount: float) -> float:
         now = self._clock()
-        self._level = min(self.per_minute, self._level + (now - self._seen) * self.per_minute / 60)
-        self._seen = now
+        with self._cell as cell:
+            level, seen = cell.read() or (self.per_minute, now)
+            refilled = min(self.per_minute, level + (now - seen) * self.per_minute / 60)
+            cell.write(refilled - amount, now)
+        return refilled - amount
 
 
 class KeyLimits:
@@ -56,18 +63,18 @@ class KeyLimits:
 class RateLimits:
     """The limits of all keys: the server's, unless a key has its own; keys of one name share theirs.
 
-    ``processes``: API processes among which connections are spread; each grants its share.
+    ``levels``: where several API processes keep what is left.
     """
 
     def __init__(
         self,
         requests_per_minute: float | None,
         tokens_per_minute: float | None,
-        processes: int = 1,
+        levels: SharedLevels | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._requests, self._tokens = requests_per_minute, tokens_per_minute
-        self._processes, self._clock = processes, clock
+        self._levels, self._clock = levels, clock
         self._held: dict[str, tuple[tuple[float | None, float | None], KeyLimits]] = {}
 
     def of(self, key: ApiKey | None) -> KeyLimits | None:
@@ -82,9 +89,12 @@ class RateLimits:
         held = self._held.get(key.name)
         # A key file that was read again may have brought other limits.
         if held is None or held[0] != wanted:
-            held = wanted, KeyLimits(self._bucket(wanted[0]), self._bucket(wanted[1]))
+            requests = self._bucket(wanted[0], f"requests {key.name}")
+            held = wanted, KeyLimits(requests, self._bucket(wanted[1], f"tokens {key.name}"))
             self._held[key.name] = held
         return held[1]
 
-    def _bucket(self, per_minute: float | None) -> Bucket | None:
-        return None if per_minute is None else Bucket(per_minute / self._processes, self._clock)
+    def _bucket(self, per_minute: float | None, name: str) -> Bucket | None:
+        if per_minute is None:
+            return None
+        return Bucket(per_minute, self._clock, self._levels.cell(name) if self._levels is not None else None)

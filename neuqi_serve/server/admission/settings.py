@@ -12,6 +12,7 @@ from pathlib import Path
 from neuqi_serve import env
 from neuqi_serve.errors import UsageError
 from neuqi_serve.server.admission.keys import ApiKey, KeyFile, make_key, parse_keys
+from neuqi_serve.server.admission.shared_levels import create_levels
 from neuqi_serve.server.operation import Operation
 
 # The attribute of vLLM's arguments.
@@ -22,7 +23,10 @@ _VLLM_KEY = "VLLM_API_KEY"
 
 @dataclass(frozen=True)
 class AdmissionSettings:
-    """``fixed`` keys and the ``key_file``; default limits per minute; ``private``: only this machine can connect."""
+    """``fixed`` keys and the ``key_file``; default limits per minute; ``private``: only this machine can connect.
+
+    ``shared_levels``: the file in which several API processes keep what is left of the limits.
+    """
 
     fixed: tuple[ApiKey, ...] = ()
     key_file: Path | None = None
@@ -30,6 +34,7 @@ class AdmissionSettings:
     tokens_per_minute: float | None = None
     max_request_bytes: int = 0
     private: bool = True
+    shared_levels: Path | None = None
     cross_origin: bool = False
 
 
@@ -71,6 +76,7 @@ def admit(args: Namespace, operation: Operation) -> list[str]:
         operation.tokens_per_minute,
         operation.max_request_bytes,
         private,
+        create_levels() if _processes(args) > 1 else None,
         bool(args.allowed_origins),
     )
     setattr(args, ATTRIBUTE, settings)
@@ -79,6 +85,11 @@ def admit(args: Namespace, operation: Operation) -> list[str]:
     # vLLM adds the last one outermost.
     args.middleware = [*args.middleware, GATE]
     return _explain(keys, file, private)
+
+
+def _processes(args: Namespace) -> int:
+    # vLLM starts one per data-parallel rank unless it is told a number.
+    return int(args.api_server_count or args.data_parallel_size or 1)
 
 
 def is_private(host: str | None, unix_socket: str | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 
 from neuqi_serve.server.admission.keys import make_key
 from neuqi_serve.server.admission.rate_limit import Bucket, RateLimits
+from neuqi_serve.server.admission.shared_levels import SharedLevels, create_levels
 from neuqi_serve.server.admission.usage import TokenCount
 
 
@@ -90,3 +93,46 @@ def test_cumulative_outputs_are_counted_by_their_growth() -> None:
 def test_an_output_without_tokens_counts_its_prompt() -> None:
     pooled = SimpleNamespace(prompt_token_ids=[1, 2], outputs=SimpleNamespace(data=[0.5]))
     assert TokenCount(cumulative=False).added(pooled) == 2
+
+
+def test_several_processes_share_what_is_left() -> None:
+    path = create_levels()
+    try:
+        program = """
+import sys
+from pathlib import Path
+from neuqi_serve.server.admission.rate_limit import RateLimits
+from neuqi_serve.server.admission.shared_levels import SharedLevels
+limits = RateLimits(40, None, SharedLevels(Path(sys.argv[1])), clock=lambda: 1000.0).of(None)
+sys.stdin.readline()
+print(sum(limits.exceeded() is None for _ in range(1000)))
+"""
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(3)
+        ]
+        granted = sum(int(process.communicate("go\n", timeout=60)[0]) for process in processes)
+        # Between looking and taking, the other two may each look once.
+        assert 40 <= granted <= 42
+    finally:
+        path.unlink()
+
+
+def test_cells_are_told_apart_by_name() -> None:
+    path = create_levels()
+    try:
+        mine, theirs = SharedLevels(path), SharedLevels(path)
+        for number in range(200):
+            with mine.cell(f"requests {number}") as cell:
+                assert cell.read() is None
+                cell.write(float(number), 1.0)
+        for number in range(200):
+            with theirs.cell(f"requests {number}") as cell:
+                assert cell.read() == (float(number), 1.0)
+    finally:
+        path.unlink()
