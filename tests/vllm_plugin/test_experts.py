@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuqi_serve.config import WeightSpec
+from neuqi_serve.format.importance import read_importance, write_sidecar
 from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
 from neuqi_serve.quant.affine import dequantize
 from neuqi_serve.quant.quantize import quantize_weight
@@ -34,6 +35,8 @@ NEW_TOKENS = 8
 LOGPROB_TOLERANCE = 2.0**-12
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = ("lm_head", "embed_tokens")
+# The family whose experts are quantized with an importance.
+WEIGHED = "qwen2_moe"
 FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral")
 INTERMEDIATE, EXPERTS = 64, 8
 
@@ -116,9 +119,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
     def of(family: str) -> Answers:
         folder = tmp_path_factory.mktemp("experts")
         model, packed = make_model(family, folder / family), folder / "packed"
-        quantize_checkpoint(model, packed, QuantizationSettings(SPEC))
+        importance = make_importance(model) if family == WEIGHED else None
+        quantize_checkpoint(model, packed, QuantizationSettings(SPEC, importance=importance))
         results, reports = [], []
-        for path, options in ((model, overrides(family)), (packed, {})):
+        more = {} if importance is None else {"importance": str(importance)}
+        for path, options in ((model, overrides(family, **more)), (packed, {})):
             with engine(path, dtype="float32", **options) as llm:
                 results.append(generate(llm))
                 reports.append(llm.collective_rpc("neuqi_load_report")[0])
@@ -127,21 +132,36 @@ def answers(tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
     return of
 
 
+def make_importance(model: Path) -> Path:
+    """An importance for the experts of one layer; the other layers have none."""
+    tensors = load_file(model / "model.safetensors")
+    names = [n.removesuffix(".weight") for n in tensors if ".layers.1." in n and ".experts." in n]
+    path = model.parent / "importance.safetensors"
+    values = {name: torch.rand(tensors[f"{name}.weight"].shape[1]) ** 4 for name in names}
+    write_sidecar(path, values, {})
+    return path
+
+
 def dequantized(folder: Path, family: str) -> Any:
     """The model of transformers with the weights that the kernels multiply with."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    def replace(weight: torch.Tensor, spec: WeightSpec) -> None:
-        weight.copy_(dequantize(quantize_weight(weight, spec)).to(weight.dtype))
+    importance = read_importance(folder.parent / "importance.safetensors") if family == WEIGHED else None
+
+    def replace(weight: torch.Tensor, spec: WeightSpec, name: str = "") -> None:
+        h = None if importance is None else importance.of(name, weight.shape[1])
+        weight.copy_(dequantize(quantize_weight(weight, spec, h)).to(weight.dtype))
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
             if parameter.ndim == 3:
-                for expert in parameter:
-                    replace(expert, SPEC)
+                prefix, down = name.rpartition(".")[0], kind == "down_proj"
+                for number, expert in enumerate(parameter):
+                    # Gate and up read the same input, and so have the same importance.
+                    replace(expert, SPEC, f"{prefix}.{number}.{'down' if down else 'up'}_proj")
             elif kind in LINEARS:
                 replace(parameter, SPEC)
             elif kind in VOCABULARY and family != "mixtral":
