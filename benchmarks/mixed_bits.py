@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from harness import Record, report
 
-from neuqi_serve.budget.plan import SENSITIVITIES, Budget, plan_budget
+from neuqi_serve.budget.budget import Budget
+from neuqi_serve.budget.plan import SENSITIVITIES, plan_budget
 from neuqi_serve.budget.width_group import bytes_at
 from neuqi_serve.config import SUPPORTED_GROUP_SIZES, VocabularyBits, WeightSpec
 from neuqi_serve.demo import model_path
@@ -179,6 +180,8 @@ def measured(name: str, model: Model, widths: Sequence[float]) -> list[Record]:
                 wanted = replace(settings, vocabulary=asked)
                 plan = plan_budget(model.folder, wanted, Budget(bits=bits), sensitivity)
                 found[f"mixed by {sensitivity}, vocabulary {label}"] = pack(model, plan.settings, judge)
+        plan = plan_budget(model.folder, settings, Budget(bits=bits), group_sizes=(model.group_size,))
+        found[f"mixed by {SENSITIVITIES[0]}, one group size"] = pack(model, plan.settings, judge)
         settings_of = {"uniform, best with hindsight": best, "uniform, vocabulary 8 bits": best_eight}
         records += rows(name, bits, limit, found, settings_of)
     return records

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from neuqi_serve.budget.width_group import Choice, WidthGroup
@@ -79,13 +82,31 @@ def _solve(
         LinearConstraint(one_each, 1, 1),
         LinearConstraint(sizes[np.newaxis], -np.inf, limit + 0.5),
     ]
-    found = milp(
-        losses * scale,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
+    with _standard_output_to_error():
+        found = milp(
+            losses * scale,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise RuntimeError(f"expected a choice of widths, the solver found none: {found.message}")
     return [bool(value > 0.5) for value in found.x], float(found.mip_dual_bound) / scale
+
+
+@contextlib.contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """The solver prints lines of its own now and then, past Python; our standard output may be JSON."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # no standard output
+        yield
+        return
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

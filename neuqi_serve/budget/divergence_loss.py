@@ -1,6 +1,6 @@
 """What a width does to the model's answers: KL divergence with one group of layers quantized, the others as they are.
 
-Measured at one width a group; other widths follow in proportion to their weight loss, since for small errors the
+Measured at the smallest choice of a group; others follow in proportion to their weight loss, since for small errors the
 divergence is quadratic in them.
 """
 
@@ -19,7 +19,7 @@ from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import UnsupportedModelError
 from neuqi_serve.quant.quantize import quantize_packed
 
-SEQUENCES, LENGTH = 8, 128
+SEQUENCES, LENGTH = 16, 128
 _SEED = 0
 _BATCH_LOGITS = 1 << 26
 _EXPERT = re.compile(
@@ -48,9 +48,8 @@ def own_samples(model: Any, sequences: int = SEQUENCES, length: int = LENGTH) ->
 
 
 def reference_spec(group: WidthGroup) -> WeightSpec | None:
-    """Return the narrowest spec of a group, at which it is measured; None if it can only stay as it is."""
-    specs = [choice.spec for choice in group.choices if choice.spec is not None]
-    return min(specs, key=lambda spec: spec.bits) if specs else None
+    """Return the spec of a group at which it is measured, the smallest; None if it can only stay as it is."""
+    return next((choice.spec for choice in group.choices if choice.spec is not None), None)
 
 
 @torch.no_grad()

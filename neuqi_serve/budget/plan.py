@@ -12,11 +12,19 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from neuqi_serve.budget.allocate import Allocation, allocate
+from neuqi_serve.budget.budget import Budget
 from neuqi_serve.budget.byte_count import format_bytes
 from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples, reference_spec
 from neuqi_serve.budget.weight_loss import WeightLoss, weight_loss
 from neuqi_serve.budget.width_group import WidthGroup, bytes_at, kept_bytes, width_groups, with_losses
-from neuqi_serve.config import EMBEDDING, LM_HEAD, VocabularyBits, WeightSpec
+from neuqi_serve.config import (
+    EMBEDDING,
+    LM_HEAD,
+    SUPPORTED_GROUP_SIZES,
+    UNQUANTIZED_BITS,
+    VocabularyBits,
+    WeightSpec,
+)
 from neuqi_serve.errors import DoesNotFitError, UsageError
 from neuqi_serve.format.importance import read_importance, resolve
 from neuqi_serve.format.quantization_config import is_name_of
@@ -33,28 +41,6 @@ _PRESET = "fast"
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Either ``bits``, the mean over the linear layers, or ``nbytes``, of all tensors.
-
-    Raises:
-        UsageError: both or neither.
-    """
-
-    bits: float | None = None
-    nbytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.bits is None) == (self.nbytes is None):
-            raise UsageError(
-                "expected either bits or bytes as a budget, got both or neither. Give one of them."
-            )
-
-    def option(self) -> str:
-        """Return the option of the command line that says the same."""
-        return f"--bits {self.bits}" if self.bits is not None else f"--fit {self.nbytes}"
-
-
-@dataclass(frozen=True)
 class BudgetPlan:
     """``nbytes``: of the whole model, of at most ``limit``. ``mean_bits``: of the codes of the linear layers."""
 
@@ -67,14 +53,14 @@ class BudgetPlan:
 
     def lines(self) -> list[str]:
         """Return what a user should know, a line each."""
-        counts: Counter[tuple[str, int]] = Counter()
+        counts: Counter[tuple[str, str]] = Counter()
         for group in self.groups:
             kind = group.name.rpartition(".")[2]
-            counts[kind, self.allocation.chosen[group.name].bits] += 1
+            counts[kind, str(self.allocation.chosen[group.name])] += 1
         kinds: dict[str, list[str]] = {}
-        for (kind, bits), count in sorted(counts.items()):
-            kinds.setdefault(kind, []).append(f"{count} × {bits}")
-        lines = [f"{kind}: {', '.join(widths)} bits" for kind, widths in kinds.items()]
+        for (kind, choice), count in sorted(counts.items()):
+            kinds.setdefault(kind, []).append(f"{count} × {choice}")
+        lines = [f"{kind}: {', '.join(choices)}" for kind, choices in kinds.items()]
         proof = (
             "proven best" if self.allocation.gap < 1e-6 else f"within {self.allocation.gap:.2g} of the best"
         )
@@ -91,12 +77,14 @@ def plan_budget(
     budget: Budget,
     sensitivity: str = DEFAULT_SENSITIVITY,
     stream: TextIO | None = None,
-    texts: Tensor | None = None,
+    group_sizes: Sequence[int] = SUPPORTED_GROUP_SIZES,
 ) -> BudgetPlan:
-    """Choose the width of every layer; ``settings`` of the result pack them so.
+    """Choose width and group size of every layer; ``settings`` of the result pack them so.
+
+    A budget of bits is that of the group size of ``settings``, or of the largest that divides all rows.
 
     ``sensitivity``: ``weights`` measures the share of its energy that a layer's weight loses, one weight in memory at a
-    time; ``divergence`` runs the model on ``texts`` (token ids ``[S, T]``; None: drawn from the model itself).
+    time; ``divergence`` also runs the model, on texts drawn from itself.
 
     Raises:
         DoesNotFitError: even the smallest widths take more; it says how much they take.
@@ -107,12 +95,12 @@ def plan_budget(
         raise UsageError(f"expected a sensitivity among {SENSITIVITIES}, got {sensitivity!r}.")
     source = open_source(source_path)
     asked = settings.vocabulary or VocabularyBits()
-    selection = select_modules(source, settings.spec, settings.vocabulary)
-    groups = width_groups(source, selection, asked)
+    selection = _fitting_selection(source, settings, group_sizes)
+    groups = width_groups(source, selection, asked, group_sizes)
     limit = budget.nbytes if budget.nbytes is not None else bytes_at(source, selection, budget.bits or 0.0)
     kept = kept_bytes(source, selection)
     _check_feasible(groups, kept, limit)
-    measured = _measured(source, selection, groups, settings, sensitivity, stream, texts)
+    measured = _measured(source, selection, groups, settings, sensitivity, stream)
     allocation = allocate(measured, limit - kept)
     return BudgetPlan(
         allocation=allocation,
@@ -122,6 +110,21 @@ def plan_budget(
         limit=limit,
         mean_bits=_mean_bits(selection, measured, allocation),
     )
+
+
+def _fitting_selection(
+    source: SourceCheckpoint, settings: QuantizationSettings, group_sizes: Sequence[int]
+) -> Selection:
+    """Select with the group size of the settings, or the largest one that divides all rows."""
+    spec, sizes = settings.spec, sorted(group_sizes, reverse=True)
+    for size in (spec.group_size, *(one for one in sizes if one != spec.group_size)):
+        try:
+            fitting = WeightSpec(spec.bits, size, spec.scale_dtype)
+            return select_modules(source, fitting, settings.vocabulary)
+        except UsageError:
+            if size == sizes[-1]:
+                raise
+    raise AssertionError("the whole row divides every row")
 
 
 def _check_feasible(groups: Sequence[WidthGroup], kept: int, limit: int) -> None:
@@ -140,25 +143,21 @@ def _measured(
     settings: QuantizationSettings,
     sensitivity: str,
     stream: TextIO | None,
-    texts: Tensor | None,
 ) -> tuple[WidthGroup, ...]:
     importance = _importance(settings, groups, selection)
     weights = _weight_losses(source, selection, groups, settings, importance, stream)
-    if sensitivity == "weights":
-        at_reference = {
-            group.name: 1.0 if spec is None else weights[group.name].sensitivity(spec.bits)
-            for group, spec in ((group, reference_spec(group)) for group in groups)
-        }
-    else:
-        at_reference = _run_divergence(source.path, groups, settings, importance, stream, texts)
+    references = {group.name: reference_spec(group) for group in groups}
+    at_reference = {name: weights[name].sensitivity(spec) for name, spec in references.items() if spec}
+    if sensitivity == "divergence":
+        found = _run_divergence(source.path, groups, settings, importance, stream)
+        # The geometric mean: the divergence knows what matters, but of one small text; on another the mean does better.
+        at_reference = {name: (found[name] * guess) ** 0.5 for name, guess in at_reference.items()}
     measured = []
     for group in groups:
-        found, spec = weights[group.name], reference_spec(group)
-        reference = 1.0 if spec is None else found.relative(spec.bits)
+        lost, spec = weights[group.name], references[group.name]
+        unit = lost.relative(spec) if spec is not None else 0.0
         losses = {
-            choice.bits: 0.0
-            if not reference
-            else at_reference[group.name] * found.relative(choice.bits) / reference
+            choice.spec: at_reference[group.name] * lost.relative(choice.spec) / unit if unit else 0.0
             for choice in group.choices
         }
         measured.append(with_losses(group, losses))
@@ -197,7 +196,6 @@ def _run_divergence(
     settings: QuantizationSettings,
     importance: Mapping[str, Tensor],
     stream: TextIO | None,
-    texts: Tensor | None,
 ) -> dict[str, float]:
     try:
         from transformers import AutoModelForCausalLM
@@ -209,7 +207,7 @@ def _run_divergence(
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(settings.device).eval()
     progress = Progress(len(groups), "groups", stream) if stream is not None else None
     try:
-        tokens = own_samples(model) if texts is None else texts
+        tokens = own_samples(model)
         done = None if progress is None else lambda name: progress.advance(1, f"running without {name}")
         return divergence_losses(model, groups, tokens, importance, _PRESET, done)
     finally:
@@ -240,30 +238,27 @@ def _settings(
     allocation: Allocation,
     budget: Budget,
 ) -> QuantizationSettings:
-    """The settings with the widths chosen; the default is the width that most layers have."""
+    """The settings with the specs chosen; the default is the one that most layers have."""
     linear: dict[str, WeightSpec] = {}
-    widths: dict[str, int] = {}
+    vocabulary: dict[str, WeightSpec | None] = {}
     for group in groups:
-        choice = allocation.chosen[group.name]
+        spec = allocation.chosen[group.name].spec
         if group.vocabulary:
-            name = LM_HEAD if is_name_of(LM_HEAD, group.name) else EMBEDDING
-            widths[name] = choice.bits
-        elif choice.spec is not None:
-            linear |= dict.fromkeys(group.modules, choice.spec)
+            vocabulary[LM_HEAD if is_name_of(LM_HEAD, group.name) else EMBEDDING] = spec
+        elif spec is not None:
+            linear |= dict.fromkeys(group.modules, spec)
+    if selection.tied and vocabulary:
+        vocabulary = dict.fromkeys((LM_HEAD, EMBEDDING), vocabulary[EMBEDDING])
     common = Counter(linear.values()).most_common()
-    # The narrowest of equally many, so that the same allocation gives the same recipe.
-    spec = min((one for one, count in common if count == common[0][1]), key=lambda one: one.bits)
-    vocabulary = settings.vocabulary
-    if widths:
-        # A tied pair is one group, under the name of the embedding.
-        embedding = widths.get(EMBEDDING)
-        head = embedding if selection.tied else widths.get(LM_HEAD)
-        asked = settings.vocabulary or VocabularyBits()
-        vocabulary = VocabularyBits(
-            asked.lm_head if head is None else head, asked.embedding if embedding is None else embedding
-        )
-    exceptions = {name: one for name, one in linear.items() if one != spec}
-    return replace(settings, spec=spec, vocabulary=vocabulary, exceptions=exceptions, budget=budget.option())
+    # The first by name of equally many, so that the same allocation gives the same recipe.
+    most = min((one for one, count in common if count == common[0][1]), key=str)
+    exceptions = {name: one for name, one in linear.items() if one != most}
+    exceptions |= {name: one for name, one in vocabulary.items() if one is not None}
+    # What is named among the exceptions is given by them, what is not stays as it is.
+    bits = VocabularyBits(
+        *(None if exceptions.get(name) else UNQUANTIZED_BITS for name in (LM_HEAD, EMBEDDING))
+    )
+    return replace(settings, spec=most, vocabulary=bits, exceptions=exceptions, budget=budget.option())
 
 
 def _mean_bits(selection: Selection, groups: Sequence[WidthGroup], allocation: Allocation) -> float:

@@ -9,36 +9,38 @@ import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
-from neuqi_serve.config import UNQUANTIZED_BITS, WeightSpec
+from neuqi_serve.config import WeightSpec
 from neuqi_serve.quant.quantize import quantize_packed
 
 # At 8 bits a step is 17 times finer than at 4, and the loss goes with its square.
-_STEPS = {bits: (1 << bits) - 1 for bits in (2, 3, 4, 8)}
-_MEASURED_BITS = 4
+_MEASURED_BITS, _FINEST_BITS = 4, 8
+_FINER = ((1 << _MEASURED_BITS) - 1) / ((1 << _FINEST_BITS) - 1)
+# Rows of a large matrix are alike: so many of its weights tell what all of them lose.
+_SAMPLED_WEIGHTS = 1 << 21
 
 
 @dataclass(frozen=True)
 class WeightLoss:
-    """Sums over the weights of a group: ``squared`` bits → Σ h·(Δw)², ``norm`` Σ h·w², ``weights`` their number."""
+    """Sums over weights: ``squared`` spec → Σ h·(Δw)², ``norm`` Σ h·w². ``weights``: how many there are."""
 
-    squared: Mapping[int, float]
+    squared: Mapping[WeightSpec | None, float]
     norm: float
     weights: int
 
-    def relative(self, bits: int) -> float:
+    def relative(self, spec: WeightSpec | None) -> float:
         """Share of the weights' energy that is lost: Σ h·(Δw)² / Σ h·w²."""
-        return self.squared[bits] / self.norm if self.norm else 0.0
+        return self.squared[spec] / self.norm if self.norm else 0.0
 
-    def sensitivity(self, bits: int) -> float:
-        """Guess what the width costs the model: the relative loss times the square root of the number of weights.
+    def sensitivity(self, spec: WeightSpec | None) -> float:
+        """Guess what the choice costs the model: the relative loss times the square root of the number of weights.
 
         Without the root small layers count too much, with the number itself too little
         (benchmarks/mixed_bits.py measures what such guesses are worth).
         """
-        return self.relative(bits) * self.weights**0.5
+        return self.relative(spec) * self.weights**0.5
 
     def __add__(self, other: WeightLoss) -> WeightLoss:
-        squared = {bits: value + other.squared[bits] for bits, value in self.squared.items()}
+        squared = {spec: value + other.squared[spec] for spec, value in self.squared.items()}
         return WeightLoss(squared, self.norm + other.norm, self.weights + other.weights)
 
 
@@ -48,24 +50,30 @@ def weight_loss(
 ) -> WeightLoss:
     """Quantize ``weight [N, K]`` to each spec and measure what is lost; None, the weight as it is, loses nothing.
 
-    ``importance``: h ``[K]``, None for ones. 8 bits are not searched: their loss is that of 4 bits times the square of
-    the ratio of the steps.
+    ``importance``: h ``[K]``, None for ones. Of a large weight every n-th row is measured. 8 bits are not searched:
+    their loss is that of 4 bits times the square of the ratio of the steps.
     """
-    squared: dict[int, float] = {}
-    wanted = {UNQUANTIZED_BITS if spec is None else spec.bits: spec for spec in specs}
-    for bits, spec in wanted.items():
+    step = max(1, weight.numel() // _SAMPLED_WEIGHTS)
+    rows = weight[::step].contiguous()
+    share = weight.shape[0] / rows.shape[0]
+    found: dict[WeightSpec, float] = {}
+
+    def measured(spec: WeightSpec) -> float:
+        if spec not in found:
+            found[spec] = share * _squared_error(rows, spec, importance, preset)
+        return found[spec]
+
+    squared: dict[WeightSpec | None, float] = {}
+    for spec in specs:
         if spec is None:
-            squared[bits] = 0.0
-        elif bits <= _MEASURED_BITS:
-            squared[bits] = _squared_error(weight, spec, importance, preset)
-    for bits, spec in wanted.items():
-        if spec is not None and bits > _MEASURED_BITS:
-            measured = WeightSpec(_MEASURED_BITS, spec.group_size, spec.scale_dtype)
-            at_four = squared.get(_MEASURED_BITS)
-            if at_four is None:
-                at_four = _squared_error(weight, measured, importance, preset)
-            squared[bits] = at_four * (_STEPS[_MEASURED_BITS] / _STEPS[bits]) ** 2
-    return WeightLoss(squared, _weighed(weight.float(), importance), weight.numel())
+            squared[spec] = 0.0
+        elif spec.bits <= _MEASURED_BITS:
+            squared[spec] = measured(spec)
+        else:
+            squared[spec] = (
+                measured(WeightSpec(_MEASURED_BITS, spec.group_size, spec.scale_dtype)) * _FINER**2
+            )
+    return WeightLoss(squared, share * _weighed(rows.float(), importance), weight.numel())
 
 
 def _squared_error(weight: Tensor, spec: WeightSpec, importance: Tensor | None, preset: str) -> float:

@@ -1,12 +1,19 @@
-"""Layers that must have one width, and the widths they can have."""
+"""Layers that must have one width and group size, and those that they can have."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from neuqi_serve.config import LM_HEAD, UNQUANTIZED_BITS, VOCABULARY_BITS, VocabularyBits, WeightSpec
+from neuqi_serve.config import (
+    LM_HEAD,
+    UNQUANTIZED_BITS,
+    VOCABULARY_BITS,
+    WHOLE_ROW,
+    VocabularyBits,
+    WeightSpec,
+)
 from neuqi_serve.errors import UsageError
 from neuqi_serve.format.manifest import PackedModule
 from neuqi_serve.format.quantization_config import is_name_of
@@ -35,6 +42,12 @@ class Choice:
         """Bits per code; 16 for weights that stay."""
         return UNQUANTIZED_BITS if self.spec is None else self.spec.bits
 
+    def __str__(self) -> str:
+        if self.spec is None:
+            return "as it is"
+        size = "row" if self.spec.group_size == WHOLE_ROW else f"g{self.spec.group_size}"
+        return f"{self.spec.bits} bits {size}"
+
 
 @dataclass(frozen=True)
 class WidthGroup:
@@ -47,13 +60,13 @@ class WidthGroup:
 
 
 def width_groups(
-    source: SourceCheckpoint, selection: Selection, asked: VocabularyBits
+    source: SourceCheckpoint, selection: Selection, asked: VocabularyBits, group_sizes: Sequence[int]
 ) -> tuple[WidthGroup, ...]:
     """Gather the modules of a selection, in the order of the blocks; losses are still zero.
 
-    Linear layers choose among 2, 3, 4 and 8 bits with the group size of the selection; output head and embedding among
-    16, 8 and 4 unless their width was ``asked`` for. Layers that vLLM fuses are one group, and so are the experts of a
-    layer.
+    Linear layers choose among 2, 3, 4 and 8 bits, output head and embedding among 16, 8 and 4 unless their width was
+    ``asked`` for; all of them among those of ``group_sizes`` that divide their rows. Layers that vLLM fuses are one
+    group, and so are the experts of a layer.
     """
     linear: dict[str, list[str]] = {}
     vocabulary: dict[str, int | None] = {}
@@ -65,14 +78,13 @@ def width_groups(
     if selection.tied:
         given = asked.embedding if asked.lm_head is None else asked.lm_head
         vocabulary = dict.fromkeys(vocabulary, given)
-    spec = selection.recipe.spec
     groups = [
-        WidthGroup(name, tuple(modules), _choices(source, selection, modules, spec, LINEAR_BITS))
+        WidthGroup(name, tuple(modules), _choices(source, selection, modules, LINEAR_BITS, group_sizes))
         for name, modules in linear.items()
     ]
     for module, fixed in vocabulary.items():
         widths = sorted(VOCABULARY_BITS) if fixed is None else [fixed]
-        choices = _choices(source, selection, [module], spec, widths)
+        choices = _choices(source, selection, [module], widths, group_sizes)
         groups.append(WidthGroup(module, (module,), choices, vocabulary=True))
     return tuple(groups)
 
@@ -110,29 +122,33 @@ def bytes_at(source: SourceCheckpoint, selection: Selection, bits: float) -> int
     return int(total)
 
 
-def with_losses(group: WidthGroup, losses: Mapping[int, float]) -> WidthGroup:
-    """Return the group with the loss of each width, bits → loss."""
-    choices = tuple(Choice(choice.spec, choice.nbytes, losses[choice.bits]) for choice in group.choices)
+def with_losses(group: WidthGroup, losses: Mapping[WeightSpec | None, float]) -> WidthGroup:
+    """Return the group with the loss of each choice, by its spec."""
+    choices = tuple(Choice(choice.spec, choice.nbytes, losses[choice.spec]) for choice in group.choices)
     return WidthGroup(group.name, group.modules, choices, group.vocabulary)
 
 
 def _choices(
     source: SourceCheckpoint,
     selection: Selection,
-    modules: list[str],
-    spec: WeightSpec,
-    widths: tuple[int, ...] | list[int],
+    modules: Sequence[str],
+    widths: Sequence[int],
+    group_sizes: Sequence[int],
 ) -> tuple[Choice, ...]:
-    choices = []
+    """Every width with every group size, by growing size; one that stores the same as another is left out."""
+    choices: dict[int, Choice] = {}
+    scale_dtype = selection.recipe.spec.scale_dtype
+    columns = {selection.modules[module][1] for module in modules}
+    if UNQUANTIZED_BITS in widths:
+        nbytes = sum(source.tensors[f"{module}.weight"].spec.nbytes for module in modules)
+        choices[nbytes] = Choice(None, nbytes)
     for bits in widths:
-        if bits == UNQUANTIZED_BITS:
-            nbytes = sum(source.tensors[f"{module}.weight"].spec.nbytes for module in modules)
-            choices.append(Choice(None, nbytes))
-            continue
-        chosen = WeightSpec(bits, spec.group_size, spec.scale_dtype)
-        nbytes = sum(_packed(source, selection, module, chosen).packed_bytes for module in modules)
-        choices.append(Choice(chosen, nbytes))
-    return tuple(choices)
+        for size in group_sizes if bits != UNQUANTIZED_BITS else ():
+            if size == WHOLE_ROW or not any(length % size for length in columns):
+                spec = WeightSpec(bits, size, scale_dtype)
+                nbytes = sum(_packed(source, selection, module, spec).packed_bytes for module in modules)
+                choices.setdefault(nbytes, Choice(spec, nbytes))
+    return tuple(choices[nbytes] for nbytes in sorted(choices))
 
 
 def _packed(source: SourceCheckpoint, selection: Selection, module: str, spec: WeightSpec) -> PackedModule:

@@ -10,19 +10,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from neuqi_serve.budget.budget import budget_of, parse_bits
 from neuqi_serve.config import (
     DEFAULT_EMBEDDING_BITS,
     DEFAULT_LM_HEAD_BITS,
     DEFAULT_PRESET,
     PRESETS,
     SCALE_DTYPES,
-    SUPPORTED_BITS,
     SUPPORTED_GROUP_SIZES,
     VOCABULARY_BITS,
     VocabularyBits,
     WeightSpec,
 )
-from neuqi_serve.errors import UsageError
 
 DEMO = "demo"
 _DESCRIPTION = """Pack the linear layers of a model's decoder blocks, its output head and its embedding; norms and
@@ -50,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     precision = parser.add_argument_group("precision")
     precision.add_argument(
         "--bits",
-        type=_bits,
+        type=parse_bits,
         help=f"bits per code; a decimal number, e.g. 2.5, chooses the best widths of the same size (default: "
         f"{default.bits})",
     )
@@ -63,8 +62,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--group-size",
         type=int,
         choices=SUPPORTED_GROUP_SIZES,
-        default=default.group_size,
-        help="weights that share a scale and a zero-point, -1 for the whole row (default: %(default)s)",
+        help="weights that share a scale and a zero-point, -1 for the whole row (default: "
+        f"{default.group_size}; under a budget the best of all sizes for each layer)",
     )
     precision.add_argument(
         "--scale-dtype",
@@ -108,7 +107,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--sensitivity",
         choices=("divergence", "weights"),
         default="divergence",
-        help="what widths are chosen by: how far the model's answers move, on text that it writes itself; or the "
+        help="what widths are chosen by: how far the model's answers move, on text that it writes itself; or only the "
         "weights' own errors, one weight in memory at a time (default: %(default)s)",
     )
     output = parser.add_argument_group("output")
@@ -118,9 +117,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the summary."""
-    budget = _budget(args)
-    bits = args.bits if isinstance(args.bits, int) else WeightSpec().bits
-    spec = WeightSpec(bits, args.group_size, args.scale_dtype)
+    budget = budget_of(args.bits, args.fit)
+    default = WeightSpec()
+    bits = args.bits if isinstance(args.bits, int) else default.bits
+    spec = WeightSpec(bits, args.group_size or default.group_size, args.scale_dtype)
     # A container runtime stops with SIGTERM: leave through the same clean-up as an interrupt.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -142,7 +142,9 @@ def run(args: argparse.Namespace) -> int:
         if budget is not None:
             from neuqi_serve.budget.plan import plan_budget
 
-            plan = plan_budget(_source_path(args.model_dir), settings, budget, args.sensitivity, sys.stderr)
+            sizes = SUPPORTED_GROUP_SIZES if args.group_size is None else (args.group_size,)
+            model = _source_path(args.model_dir)
+            plan = plan_budget(model, settings, budget, args.sensitivity, sys.stderr, sizes)
             settings = plan.settings
             print("\n".join(plan.lines()), file=sys.stderr)
         summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
@@ -154,34 +156,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{summary.to_table()}\nwritten to {args.output}")
     return 0
-
-
-def _bits(text: str) -> int | float:
-    """A width, or a decimal number as the mean of several."""
-    try:
-        value: int | float = float(text) if "." in text else int(text)
-    except ValueError:
-        value = 0
-    low, high = SUPPORTED_BITS[0], SUPPORTED_BITS[-1]
-    if not (low <= value <= high if isinstance(value, float) else value in SUPPORTED_BITS):
-        raise argparse.ArgumentTypeError(
-            f"expected one of {SUPPORTED_BITS}, or a decimal number from {low} to {high}, got {text!r}"
-        )
-    return value
-
-
-def _budget(args: argparse.Namespace) -> Any:
-    """The budget that was given, None for one width."""
-    from neuqi_serve.budget.byte_count import parse_bytes
-    from neuqi_serve.budget.plan import Budget
-
-    if args.fit is not None:
-        if args.bits is not None:
-            raise UsageError(
-                f"expected --bits or --fit, got both ({args.bits} and {args.fit}). Leave one out."
-            )
-        return Budget(nbytes=parse_bytes(args.fit))
-    return Budget(bits=args.bits) if isinstance(args.bits, float) else None
 
 
 def _source_path(model: str) -> Path:

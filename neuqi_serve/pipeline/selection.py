@@ -52,7 +52,7 @@ def select_modules(
 ) -> Selection:
     """Choose the modules to pack and check that they fit the configuration.
 
-    ``exceptions``: full name → spec, of linear layers that have another than ``spec``; of the same group size.
+    ``exceptions``: full name → spec, of what has another spec than ``spec``: linear layers, output head, embedding.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be packed, or one without linear layers in its blocks.
@@ -81,7 +81,7 @@ def select_modules(
             unfit[module] = f"rows of {in_features} weights are no multiple of 32"
             continue
         modules[module] = (out_features, in_features)
-    _check_fit(modules, unfit, source, spec)
+    _check_fit(modules, unfit, source, default)
     tied = is_tied(source)
     widths = (vocabulary or VocabularyBits()).supported_by(source.architecture)
     recipe = default.with_vocabulary(widths, tied)
@@ -171,7 +171,7 @@ def _check_fit(
     modules: Mapping[str, tuple[int, int]],
     unfit: Mapping[str, str],
     source: SourceCheckpoint,
-    spec: WeightSpec,
+    recipe: QuantizationRecipe,
 ) -> None:
     if not modules and not unfit:
         raise UnsupportedModelError(
@@ -188,12 +188,13 @@ def _check_fit(
             f"expected rows of experts that are a multiple of 32 weights long, as all matrices of experts are packed "
             f"or none, got {expert}: {unfit[expert]}. This model cannot be packed."
         )
-    lengths = sorted({in_features for _, in_features in modules.values()})
-    odd = [length for length in lengths if spec.group_size != WHOLE_ROW and length % spec.group_size]
+    sizes = {name: recipe.spec_of(name).group_size for name in modules}
+    odd = [name for name, (_, length) in modules.items() if sizes[name] != WHOLE_ROW and length % sizes[name]]
     if odd:
-        layer = next(name for name, (_, length) in modules.items() if length == odd[0])
+        lengths = sorted({in_features for _, in_features in modules.values()})
         fits = [g for g in SUPPORTED_GROUP_SIZES if g == WHOLE_ROW or not any(n % g for n in lengths)]
+        found = sorted({modules[name][1] for name in odd})
         raise UsageError(
-            f"expected a group size that divides the rows of every layer, got group size {spec.group_size} and rows of "
-            f"{odd} weights, e.g. {layer}. Sizes that divide all: {fits} (-1 is the whole row)."
+            f"expected a group size that divides the rows of every layer, got group size {sizes[odd[0]]} and rows of "
+            f"{found} weights, e.g. {odd[0]}. Sizes that divide all: {fits} (-1 is the whole row)."
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import sys
 
@@ -83,3 +84,21 @@ def test_without_scipy_there_is_one_message(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(UsageError, match="pip install scipy"):
         allocate(random_groups(0, 2), 1 << 40)
+
+
+def test_what_the_solver_prints_does_not_reach_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    optimize = pytest.importorskip("scipy.optimize", reason=SCIPY)
+    solve = optimize.milp
+
+    def talkative(*args: object, **options: object) -> object:
+        os.write(1, b"from the solver")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(optimize, "milp", talkative)
+    allocate(random_groups(0, 2), 1 << 40)
+    print("ours", flush=True)
+    captured = capfd.readouterr()
+    assert captured.out == "ours\n"
+    assert "from the solver" in captured.err

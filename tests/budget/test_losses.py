@@ -29,9 +29,9 @@ def test_weight_losses_are_the_squared_errors(weighed: bool) -> None:
     found = weight_loss(weight(), [*SPECS, None], importance, "fast")
     for spec in SPECS[:3]:
         error = dequantize(quantize_weight(weight(), spec, importance, "fast"), torch.float32) - weight()
-        assert found.squared[spec.bits] == pytest.approx(float((error.square() * mass).sum()), rel=1e-5)
+        assert found.squared[spec] == pytest.approx(float((error.square() * mass).sum()), rel=1e-5)
     assert found.norm == pytest.approx(float((weight().square() * mass).sum()), rel=1e-5)
-    assert found.squared[16] == 0.0
+    assert found.squared[None] == 0.0
     assert found.weights == 17 * 96
 
 
@@ -39,14 +39,27 @@ def test_the_loss_at_8_bits_follows_from_that_at_4() -> None:
     found = weight_loss(weight(), SPECS, None, "balanced")
     error = dequantize(quantize_weight(weight(), SPECS[3]), torch.float32) - weight()
     # NeUQI gains less over the uniform grid the finer it is: a few tens of percent between 4 and 8 bits.
-    assert found.squared[8] == pytest.approx(float(error.square().sum()), rel=0.4)
+    assert found.squared[SPECS[3]] == pytest.approx(float(error.square().sum()), rel=0.4)
 
 
 def test_losses_of_a_group_add_up() -> None:
     first, second = (weight_loss(weight(seed), SPECS, None, "fast") for seed in (0, 1))
     total = first + second
-    assert total.squared[2] == first.squared[2] + second.squared[2]
-    assert total.relative(2) == pytest.approx(total.squared[2] / (first.norm + second.norm))
+    two = SPECS[0]
+    assert total.squared[two] == first.squared[two] + second.squared[two]
+    assert total.relative(two) == pytest.approx(total.squared[two] / (first.norm + second.norm))
+
+
+def test_rows_of_a_large_matrix_tell_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    whole = weight_loss(large, SPECS, None, "fast")
+    monkeypatch.setattr("neuqi_serve.budget.weight_loss._SAMPLED_WEIGHTS", 512 * 16)
+    sampled = weight_loss(large, SPECS, None, "fast")
+    assert sampled.weights == whole.weights
+    # Of 128 rows instead of 512: a few percent, as the sums of 64 squares vary from row to row.
+    assert sampled.norm == pytest.approx(whole.norm, rel=0.05)
+    assert sampled.norm != whole.norm
+    assert sampled.squared[SPECS[0]] == pytest.approx(whole.squared[SPECS[0]], rel=0.05)
 
 
 @pytest.fixture(scope="module")

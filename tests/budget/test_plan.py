@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuqi_serve.budget.plan import Budget, plan_budget
+from neuqi_serve.budget.budget import Budget
+from neuqi_serve.budget.plan import plan_budget
 from neuqi_serve.cli.main import main
 from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, UsageError
 from neuqi_serve.format.reader import open_checkpoint
+from neuqi_serve.format.source import open_source
 from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
+from neuqi_serve.pipeline.selection import select_modules
 
 pytest.importorskip("scipy", reason="needs scipy (requirements/cpu.txt)")
 SETTINGS = QuantizationSettings(WeightSpec(4, 32))
@@ -35,10 +38,9 @@ def test_the_folder_has_the_widths_and_the_size_of_the_plan(
     checkpoint.verify()
     assert tensor_bytes(tmp_path / "out") == plan.nbytes <= plan.limit
     for group in plan.groups:
-        bits = plan.allocation.chosen[group.name].bits
         for module in group.modules:
-            spec = checkpoint.manifest.modules.get(module)
-            assert (16 if spec is None else spec.spec.bits) == bits
+            packed = checkpoint.manifest.modules.get(module)
+            assert (packed and packed.spec) == plan.allocation.chosen[group.name].spec
     assert len({module.spec.bits for module in checkpoint.manifest.modules.values()}) > 1
     assert checkpoint.manifest.quantization["budget"] == "--bits 2.5"
     assert plan.allocation.gap < 1e-6
@@ -69,14 +71,36 @@ def test_a_layer_that_loses_nothing_gets_the_fewest_bits(write_llama: Callable[.
     plan = plan_budget(write_llama(tensors={f"{name}.weight": easy}), SETTINGS, Budget(bits=3.0), "weights")
     bits = {group.name: plan.allocation.chosen[group.name].bits for group in plan.groups}
     assert bits.pop(name) == 2
-    assert all(width > 2 for width in bits.values())
+    assert min(bits.values()) > 2
+
+
+def test_a_group_size_that_was_given_stays(write_llama: Callable[..., Path]) -> None:
+    plan = plan_budget(write_llama(), SETTINGS, Budget(bits=2.5), "weights", group_sizes=(32,))
+    specs = [choice.spec for choice in plan.allocation.chosen.values()]
+    assert {spec.group_size for spec in specs if spec is not None} == {32}
+    with pytest.raises(UsageError, match="Sizes that divide all"):
+        plan_budget(write_llama("other"), QuantizationSettings(WeightSpec(4, 64)), Budget(bits=2.5), "weights",
+                    group_sizes=(64,))  # fmt: skip
+
+
+def test_without_a_size_given_rows_that_128_does_not_divide_are_no_obstacle(
+    write_llama: Callable[..., Path],
+) -> None:
+    plan = plan_budget(write_llama(), QuantizationSettings(WeightSpec()), Budget(bits=2.5), "weights")
+    assert plan.nbytes <= plan.limit
 
 
 def test_widths_of_the_vocabulary_that_were_given_stay(write_llama: Callable[..., Path]) -> None:
     settings = QuantizationSettings(WeightSpec(4, 32), vocabulary=VocabularyBits(16, 4))
-    plan = plan_budget(write_llama(), settings, Budget(bits=2.5), "weights")
-    assert plan.settings.vocabulary == VocabularyBits(16, 4)
-    assert plan.mean_bits == pytest.approx(2.5, abs=0.1)
+    model = write_llama()
+    plan = plan_budget(model, settings, Budget(bits=2.5), "weights")
+    chosen = {group.name: plan.allocation.chosen[group.name] for group in plan.groups if group.vocabulary}
+    assert [choice.bits for choice in chosen.values()] == [4]
+    recipe = select_modules(
+        open_source(model), plan.settings.spec, plan.settings.vocabulary, plan.settings.exceptions
+    ).recipe
+    assert recipe.keeps("lm_head")
+    assert recipe.spec_of("model.embed_tokens") == next(iter(chosen.values())).spec
 
 
 def test_the_smallest_size_is_named_and_is_enough(
@@ -110,6 +134,8 @@ def test_the_command_chooses_widths(
     [
         (["--bits", "2.5", "--fit", "8GiB"], "--bits or --fit"),
         (["--bits", "1.5"], "decimal number from 2 to 8"),
+        (["--bits", "5"], "bits must be one of"),
+        (["--bits", "few"], "decimal number such as 2.5"),
         (["--fit", "much"], "8GiB"),
     ],
 )

