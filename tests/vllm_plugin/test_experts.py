@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,13 @@ def generate(llm: Any) -> tuple[list[list[int]], list[list[float]]]:
         for o in outputs
     ]
     return tokens, logprobs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_compiled() -> Iterator[None]:
+    """vLLM compiles a function of its sampler for log-probabilities, anew for every engine."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +346,7 @@ def run_ranks(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
