@@ -174,14 +174,6 @@ def local_expert(layer: Any, expert: int) -> int:
     return int(layer._map_global_expert_id_to_local_expert_id(expert))
 
 
-def expert_numbers(layer: Any, count: int) -> list[int]:
-    """Return the router's numbers of this rank's ``count`` experts."""
-    if layer.expert_map is None:
-        return list(range(count))
-    places = {local: number for number, local in enumerate(layer.expert_map.tolist())}
-    return [places[local] for local in range(count)]
-
-
 def activation_name(layer: Any) -> str:
     """Return the name of the activation between an expert's products."""
     activation = layer.moe_config.activation

@@ -7,7 +7,6 @@ slice of every expert: rows of gate and up, whole groups of the inputs of down (
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ from neuqi_serve.errors import IntegrityError
 from neuqi_serve.vllm_plugin import compat
 from neuqi_serve.vllm_plugin.expert_layer import ExpertLayer, check_layer
 from neuqi_serve.vllm_plugin.expert_runs import ExpertRun, choose_run
-from neuqi_serve.vllm_plugin.report import EXPERTS, LayerRecord
-from neuqi_serve.vllm_plugin.sanity import SampledExpert
+from neuqi_serve.vllm_plugin.report import LayerRecord
 
 if TYPE_CHECKING:
     from neuqi_serve.vllm_plugin.config import NeuqiConfig
@@ -101,7 +99,7 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
 
     def _stack(self, spec: WeightSpec, n: int, k: int) -> _Stack:
         original = self.experts * n * k * self.dtype.itemsize
-        record = LayerRecord(self.source, spec, original, time.perf_counter(), role=EXPERTS)
+        record = LayerRecord(self.source, spec, original, time.perf_counter(), role="experts")
         return _Stack(spec, n, k, record)
 
     def _register(self, layer: Any) -> None:
@@ -205,14 +203,18 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
             )
             for name, stack in self.stacks.items()
         ]
-        spec = ExpertsSpec(self.experts, specs[0], specs[1], compat.activation_name(layer))
-        run = choose_run(spec)
-        sample = self._sample(layer, tensors)
-        for (name, stack), product in zip(self.stacks.items(), specs, strict=True):
+        experts = ExpertsSpec(self.experts, specs[0], specs[1], compat.activation_name(layer))
+        run = choose_run(experts)
+        kept: list[Prepared] = []
+        checks = self.config.sanity.wants_experts(run, experts)
+        for (name, stack), spec in zip(self.stacks.items(), specs, strict=True):
             canonical = [tensors.pop(f"{name}_{part}") for part in PARTS]
+            if checks:
+                qweight, scale, zero = (tensor[-1:].clone() for tensor in canonical)
+                kept.append((qweight, scale, zero))
             stack.record.packed_bytes = canonical[0].nbytes
             stack.record.scale_zero_bytes = canonical[1].nbytes + canonical[2].nbytes
-            prepared = run.prepare(canonical[0], canonical[1], canonical[2], product)
+            prepared = run.prepare(canonical[0], canonical[1], canonical[2], spec)
             for part in PARTS:
                 if hasattr(layer, f"{name}_{part}"):
                     delattr(layer, f"{name}_{part}")
@@ -220,14 +222,10 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_{part}", Parameter(tensor, requires_grad=False))
             stack.record.backend = run.name
         self.run = run
-        self.config.sanity.check_experts(
-            self.layer.prefix, run.name, spec, functools.partial(run, layer), sample
-        )
         setattr(layer, DONE, True)
         run.warm_up(layer)
-        self._finish_records(layer, started)
-
-    def _finish_records(self, layer: Any, started: float) -> None:
+        if checks:
+            self.config.sanity.check_experts(repr(self.layer.prefix), run, layer, experts, *kept)
         now = time.perf_counter()
         first, second = (stack.record for stack in self.stacks.values())
         first.repack_seconds += now - started
@@ -235,19 +233,6 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
         layer.neuqi_record = (first, second)
         self.arrived = {}
         self.config.progress.finish(self._original_bytes())
-
-    def _sample(self, layer: Any, tensors: dict[str, torch.Tensor]) -> list[SampledExpert]:
-        """Copies of this rank's first and last expert, with their numbers over all ranks."""
-        here = compat.expert_numbers(layer, self.experts)
-
-        def copied(name: str, expert: int) -> Prepared:
-            qweight, scale, zero = (tensors[f"{name}_{part}"][expert].clone() for part in PARTS)
-            return qweight, scale, zero
-
-        return [
-            SampledExpert(here[expert], copied("w13", expert), copied("w2", expert))
-            for expert in sorted({0, self.experts - 1})
-        ]
 
     def apply(
         self,

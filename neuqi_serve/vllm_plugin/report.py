@@ -17,9 +17,6 @@ import torch
 
 from neuqi_serve.config import WeightSpec
 
-# The role of a layer of experts.
-EXPERTS = "experts"
-
 
 @dataclass
 class LayerRecord:

@@ -7,21 +7,19 @@ by ``neuqi_kernels.reference``, which is the definition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
-from neuqi_kernels import reference
+from neuqi_kernels import experts_reference, reference
 from neuqi_kernels.backend import Backend, Prepared
 from neuqi_kernels.experts import ExpertsSpec
-from neuqi_kernels.experts_reference import ACTIVATIONS
 from neuqi_kernels.spec import GemmSpec
 from neuqi_serve.config import EMBEDDING
 from neuqi_serve.env import sanity_check
 from neuqi_serve.errors import KernelError
-from neuqi_serve.vllm_plugin.report import EXPERTS
+from neuqi_serve.vllm_plugin.expert_runs import ExpertRun
 
 logger = init_logger("vllm.neuqi")
 
@@ -31,19 +29,6 @@ TOLERANCE = 0.02
 # Tokens at once: the kernels for decoding, for a few, and for prompts are different ones.
 TOKENS = {"cpu": (1, 9), "cuda": (1, 17, 300)}
 ROWS = 64
-# Of an expert that are de-quantized at once.
-EXPERT_ROWS = 1024
-
-RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class SampledExpert:
-    """The router's ``number`` of an expert, and the canonical tensors of its two products."""
-
-    number: int
-    first: Prepared
-    second: Prepared
 
 
 class SanityCheck:
@@ -79,62 +64,37 @@ class SanityCheck:
             "NEUQI_KERNEL_BACKEND=reference, and report this; --sanity-check warn serves all the same."
         )
 
-    def check_experts(
-        self, name: str, kernel: str, spec: ExpertsSpec, run: RunExperts, sample: Sequence[SampledExpert]
-    ) -> None:
-        """Compare a layer of experts on its kernel with the definition of some, unless this kind was seen before.
+    def wants_experts(self, run: ExpertRun, spec: ExpertsSpec) -> bool:
+        """Whether a layer of such experts was not checked yet: then one of them has to be kept in canonical form."""
+        kind = "experts", run.name, spec
+        if self.mode == "off" or kind in self._seen:
+            return False
+        self._seen.add(kind)
+        return True
 
-        ``run(x, topk_weights, topk_ids)`` is the layer.
+    def check_experts(
+        self, name: str, run: ExpertRun, layer: Any, spec: ExpertsSpec, first: Prepared, second: Prepared
+    ) -> None:
+        """Compare the layer's last expert with its definition; ``first``, ``second``: its canonical ``[1, N, …]``.
 
         Raises:
             KernelError: they differ, and the mode is ``refuse``.
         """
-        kind = EXPERTS, kernel, spec
-        if self.mode == "off" or kind in self._seen or sample[0].first[0].is_meta:
-            return
-        self._seen.add(kind)
-        error = experts_error(run, spec, sample)
+        error = experts_error(run, layer, spec, first, second)
         if error <= TOLERANCE:
             return
+        bits = spec.first.bits
         self._report(
-            f"expected the kernel {kernel!r} to compute what its definition does on the experts {name} "
-            f"({spec.first.bits} and {spec.second.bits} bits, group {spec.first.group_size}, hidden {spec.first.k}, "
-            f"intermediate {spec.second.k}), got a relative error of {error:.2g}, above {TOLERANCE}: its answers would "
-            "be wrong. Choose another kernel, e.g. NEUQI_KERNEL_BACKEND=reference, and report this; --sanity-check "
-            "warn serves all the same."
+            f"expected the kernel {run.name!r} to compute what its definition does on the experts {name} ({bits} bits, "
+            f"N={spec.first.n}, K={spec.first.k}), got a relative error of {error:.2g}, above {TOLERANCE}: its answers "
+            "would be wrong. Choose another kernel, e.g. NEUQI_KERNEL_BACKEND=reference, and report this; "
+            "--sanity-check warn serves all the same."
         )
 
     def _report(self, message: str) -> None:
         if self.mode == "refuse":
             raise KernelError(message)
         logger.warning("neuqi: %s", message)
-
-
-def experts_error(run: RunExperts, spec: ExpertsSpec, sample: Sequence[SampledExpert]) -> float:
-    """Return the largest relative error of a layer of experts whose tokens go to the sampled ones in turn."""
-    device, worst = sample[0].first[0].device, 0.0
-    for tokens in TOKENS.get(spec.first.device_type, TOKENS["cpu"]):
-        generator = torch.Generator().manual_seed(tokens)
-        x = torch.randn(tokens, spec.first.k, generator=generator).to(device, spec.first.dtype)
-        expected = torch.empty(tokens, spec.second.n, device=device)
-        ids = torch.empty(tokens, 1, dtype=torch.int32, device=device)
-        for place, expert in enumerate(sample):
-            mine = slice(place, None, len(sample))
-            pairs = _by_rows(x[mine].float(), expert.first, spec.first)
-            hidden = ACTIVATIONS[spec.activation](pairs).to(x.dtype).float()
-            expected[mine], ids[mine] = _by_rows(hidden, expert.second, spec.second), expert.number
-        y = run(x, torch.ones(tokens, 1, device=device), ids)
-        worst = max(worst, _relative(y.float(), expected))
-    return worst
-
-
-def _by_rows(x: torch.Tensor, weights: Prepared, spec: GemmSpec) -> torch.Tensor:
-    """The product by definition, some rows at a time: an expert can be as large as a layer."""
-    parts = []
-    for start in range(0, spec.n, EXPERT_ROWS):
-        qweight, scale, zero = (tensor[start : start + EXPERT_ROWS] for tensor in weights)
-        parts.append(reference.gemm(x, qweight, scale, zero, None, spec.bits, spec.group_size))
-    return torch.cat(parts, dim=-1)
 
 
 def _sampled_rows(n: int, device: torch.device) -> torch.Tensor:
@@ -169,6 +129,44 @@ def embedding_error(backend: Backend, prepared: Prepared, canonical: Prepared, s
     y = backend.embedding(rows, *prepared, spec.n, spec.k, spec.bits, spec.group_size, spec.dtype)
     expected = reference.embedding(rows, *canonical, spec.bits, spec.group_size, torch.float32)
     return _relative(y.float(), expected)
+
+
+def experts_error(run: ExpertRun, layer: Any, spec: ExpertsSpec, first: Prepared, second: Prepared) -> float:
+    """Return the largest relative error of the last expert of this rank, over numbers of tokens.
+
+    Infinite where something is not finite. The other experts of a token have the weight 0.
+    """
+    device = first[0].device
+    ids = torch.arange(spec.experts, device=device)
+    if layer.expert_map is not None:
+        # The numbers that this rank's experts have among those of all ranks, in this rank's order.
+        mine = (layer.expert_map >= 0).nonzero().flatten()
+        ids = mine[layer.expert_map[mine].argsort()]
+    chosen = ids.flip(0)[: layer.top_k].to(torch.int32)
+    worst = 0.0
+    for tokens in TOKENS.get(spec.first.device_type, TOKENS["cpu"]):
+        generator = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, spec.first.k, generator=generator).to(device, spec.first.dtype)
+        weights = torch.zeros(tokens, len(chosen), device=device)
+        weights[:, 0] = 1.0
+        y = run(layer, x, weights, chosen.expand(tokens, -1).contiguous())
+        alone = torch.zeros(tokens, 1, dtype=torch.int64, device=device)
+        expected = experts_reference.experts(
+            x.float(),
+            first,
+            second,
+            None,
+            None,
+            torch.ones(tokens, 1, device=device),
+            alone,
+            spec.first.bits,
+            spec.first.group_size,
+            spec.second.bits,
+            spec.second.group_size,
+            spec.activation,
+        )
+        worst = max(worst, _relative(y.float(), expected))
+    return worst
 
 
 def _relative(y: torch.Tensor, expected: torch.Tensor) -> float:

@@ -22,6 +22,8 @@ def test_only_what_the_user_gave_counts_as_given() -> None:
     args, given = parse(["m", "--max-num-seqs", "3", "--bits", "2"])
     assert given == {"max_num_seqs": 3}
     assert (args.model_tag, args.bits, args.host, args.port) == ("m", 2, "127.0.0.1", 8000)
+    # Pages of other origins may ask only where the user says so; older versions of vLLM let all of them.
+    assert args.allowed_origins == []
     assert args.enforce_eager is False
     assert args.kv_cache_memory_bytes is None
 
@@ -162,18 +164,3 @@ def test_traces_need_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     check_tracing(parse(["m"])[0])
     with pytest.raises(UsageError, match="opentelemetry-sdk"):
         check_tracing(args)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--requests-per-minute", "0"], "--requests-per-minute above 0"),
-        (["--tokens-per-minute", "-3"], "--tokens-per-minute above 0"),
-        (["--max-request-bytes", "0"], "--max-request-bytes above 0"),
-        (["--drain-timeout", "-1"], "--drain-timeout of 0 s or more"),
-        (["--status-port", "70000"], "--status-port from 0 to 65535"),
-    ],
-)
-def test_numbers_outside_their_range_are_refused(words: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Operation.from_namespace(parse(["m", *words])[0])

