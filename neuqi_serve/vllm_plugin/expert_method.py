@@ -175,6 +175,7 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
         return tensor[expert].narrow(0, self.intermediate if shard == "w3" else 0, self.intermediate)
 
     def _check_arrived(self, parts: tuple[str, ...]) -> None:
+        self.config.unused_names.warn()
         expected = {(expert, shard) for expert in range(self.experts) for shard in STACK_OF}
         for part in parts:
             missing = sorted(expected - self.arrived.get(part, set()))

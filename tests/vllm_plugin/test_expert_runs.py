@@ -40,14 +40,19 @@ def stacks() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return [random_stack(2 * INTERMEDIATE, HIDDEN), random_stack(HIDDEN, INTERMEDIATE)]
 
 
+def run_spec(count: int = EXPERTS) -> ExpertsSpec:
+    first, second = (
+        GemmSpec(n, k, BITS, GROUP, "cpu", torch.float32)
+        for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    )
+    return ExpertsSpec(count, first, second, "silu")
+
+
 def loaded(stacks: Any, kept: slice = slice(None), **attributes: Any) -> tuple[OperatorRun, SimpleNamespace]:
     """The experts ``kept`` as one rank holds them."""
     parts = [tuple(tensor[kept].contiguous() for tensor in stack) for stack in stacks]
-    specs = [
-        GemmSpec(n, k, BITS, GROUP, "cpu", torch.float32)
-        for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    ]
-    run = choose_run(ExpertsSpec(len(parts[0][0]), specs[0], specs[1], "silu"))
+    spec = run_spec(len(parts[0][0]))
+    run, specs = choose_run(spec), (spec.first, spec.second)
     assert isinstance(run, OperatorRun)
     parameters = {
         f"{name}_{part}": tensor
