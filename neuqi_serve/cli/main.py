@@ -19,6 +19,10 @@ VERBS = {
         "neuqi_serve.cli.importance",
         "measure how much each input of a model's layers matters, on a text",
     ),
+    "distill": (
+        "neuqi_serve.cli.distill",
+        "train scales, zero-points and norms of a packed model towards its original",
+    ),
     "plan": ("neuqi_serve.cli.plan", "say what a model will need, and whether it fits, from its config.json"),
     "eval": ("neuqi_serve.cli.eval", "measure a quantized model against the original"),
     "doctor": ("neuqi_serve.cli.doctor", "say what keeps the server from running well here"),

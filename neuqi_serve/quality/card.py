@@ -115,6 +115,12 @@ def _new_readme(body: dict[str, Any]) -> str:
     return f"---\nbase_model: {body['base']['name']}\ntags:\n- neuqi\n- quantized\n---\n\n# {name}\n"
 
 
+def without_card(text: str) -> str:
+    """Return a ``README.md`` without its quality section, for a folder whose weights are no longer those measured."""
+    before, begin, rest = text.partition(_BEGIN)
+    return before.rstrip() + "\n" + rest.partition(_END)[2].lstrip("\n") if begin and _END in rest else text
+
+
 def _with_section(text: str, section: str) -> str:
     whole = f"{_BEGIN}\n{section}\n{_END}\n"
     before, begin, rest = text.partition(_BEGIN)

@@ -277,7 +277,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Mapping[str, An
     serve_parser.description, serve_parser.epilog = DESCRIPTION, EPILOG
     unset = object()
     defaults = {option: serve_parser.get_default(option) for option in _CHOSEN}
-    serve_parser.set_defaults(**dict.fromkeys(_CHOSEN, unset), host=DEFAULT_HOST)
+    serve_parser.set_defaults(**dict.fromkeys(_CHOSEN, unset), host=DEFAULT_HOST, allowed_origins=[])
     args = parser.parse_args(["serve", *arguments])
     given = {option: getattr(args, option) for option in _CHOSEN if getattr(args, option) is not unset}
     if args.drain_timeout is not None:
