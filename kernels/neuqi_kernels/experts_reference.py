@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from neuqi_kernels import reference
 
+# Of an expert that are de-quantized at once: an expert can be as large as the layers of a model.
+_ROWS = 1024
 # Of vLLM's activation "swigluoai": where gate and up are cut off, and the steepness of the gate.
 _LIMIT, _STEEPNESS = 7.0, 1.702
 
@@ -73,7 +75,10 @@ def experts(
 def _product(
     x: torch.Tensor, weights: Weights, bias: torch.Tensor | None, expert: int, bits: int, group_size: int
 ) -> torch.Tensor:
-    qweight, scale, zero = (tensor[expert] for tensor in weights)
-    weight = reference.dequantize(qweight, scale, zero, bits, group_size)
-    y = x.to(torch.float32) @ weight.t()
+    parts = []
+    for start in range(0, weights[0].shape[1], _ROWS):
+        qweight, scale, zero = (tensor[expert, start : start + _ROWS] for tensor in weights)
+        weight = reference.dequantize(qweight, scale, zero, bits, group_size)
+        parts.append(x.to(torch.float32) @ weight.t())
+    y = torch.cat(parts, dim=-1)
     return y if bias is None else y + bias[expert].to(torch.float32)

@@ -22,6 +22,7 @@ from neuqi_serve.format.manifest import MANIFEST_NAME
 from neuqi_serve.format.reader import open_checkpoint
 from neuqi_serve.server.admission.settings import ATTRIBUTE
 from neuqi_serve.server.admission.usage import meter
+from neuqi_serve.server.bounded_head import bounded
 from neuqi_serve.server.lifecycle import Lifecycle
 from neuqi_serve.server.listen_address import ListenAddress
 from neuqi_serve.server.load_timeline import timeline_of
@@ -125,12 +126,13 @@ async def _check_logits(engine_client: Any) -> None:
 async def _watch_server(
     state: Any, engine_client: Any, model_name: str, args: Namespace, worker_pids: Sequence[int]
 ) -> None:
-    """Set the shutdown deadline as soon as there is a server, say once that it listens, and watch it to its end."""
+    """Set deadline and bounds as soon as there is a server, say once that it listens, and watch it to its end."""
     while getattr(state, "server", None) is None:
         await asyncio.sleep(0.05)
     server = state.server
     if server.config.timeout_graceful_shutdown is None:
         server.config.timeout_graceful_shutdown = GRACEFUL_SHUTDOWN_SECONDS
+    server.config.http_protocol_class = bounded(server.config.http_protocol_class)
     while not server.started:
         await asyncio.sleep(0.05)
     rank = max(0, _process_rank(engine_client))

@@ -167,12 +167,15 @@ class NeuqiConfig(QuantizationConfig):
 
     def _expert_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         # Here, as not every model has experts and the module imports much.
-        from neuqi_serve.vllm_plugin.expert_layer import expert_layer
+        from neuqi_serve.vllm_plugin.expert_layer import expert_layer, matrix_names
         from neuqi_serve.vllm_plugin.experts import NeuqiOnlineExpertsMethod, NeuqiPackedExpertsMethod
 
+        # None is vLLM's own method for unquantized experts.
+        if self.recipe.keeps(prefix):
+            return None
+        self.unused_names.see(prefix, matrix_names(layer, prefix))
         experts = expert_layer(layer, prefix, self.recipe)
         if experts is None:
-            # vLLM's own method for unquantized experts.
             return None
         method = NeuqiOnlineExpertsMethod if self.online else NeuqiPackedExpertsMethod
         return method(self, layer, experts)

@@ -32,6 +32,13 @@ class ExpertLayer:
         return matrix_name(self.prefix, self.projections, shard, expert)
 
 
+def matrix_names(layer: Any, prefix: str) -> list[str]:
+    """Return the checkpoint's names of all matrices of vLLM's layer, over all ranks."""
+    projections = compat.expert_projections(layer)
+    experts = range(compat.expert_count(layer))
+    return [matrix_name(prefix, projections, shard, e) for e in experts for shard in projections]
+
+
 def matrix_name(prefix: str, projections: dict[str, str], shard: str, expert: int) -> str:
     """Return the unfused name: ``….experts``, ``w1``, 3 → ``….experts.3.gate_proj``."""
     return f"{prefix}.{expert}.{projections[shard]}"
@@ -43,6 +50,8 @@ def expert_layer(layer: Any, prefix: str, recipe: QuantizationRecipe) -> ExpertL
     Raises:
         UnsupportedModelError: the recipe treats experts of one layer, or gate and up, differently.
     """
+    if recipe.keeps(prefix):
+        return None
     projections = compat.expert_projections(layer)
     experts = range(compat.expert_count(layer))
 
@@ -51,7 +60,7 @@ def expert_layer(layer: Any, prefix: str, recipe: QuantizationRecipe) -> ExpertL
 
     everything = names(projections)
     kept = [name for name in everything if recipe.keeps(name)]
-    if recipe.keeps(prefix) or len(kept) == len(everything):
+    if len(kept) == len(everything):
         return None
     if kept:
         raise UnsupportedModelError(
@@ -63,7 +72,8 @@ def expert_layer(layer: Any, prefix: str, recipe: QuantizationRecipe) -> ExpertL
     for shards in (("w1", "w3"), ("w2",)):
         found: dict[WeightSpec, str] = {}
         for name in names(shards):
-            found.setdefault(recipe.spec_of(name), name)
+            # What is said of the layer holds for its matrices, unless they are named themselves.
+            found.setdefault(recipe.exception_of(name) or recipe.spec_of(prefix), name)
         if len(found) > 1:
             listed = ", ".join(f"{name}: {s.bits} bits g{s.group_size}" for s, name in found.items())
             raise UnsupportedModelError(

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from neuqi_kernels import ops
+from neuqi_kernels.backend import Prepared
 from neuqi_kernels.experts import ExpertsSpec
 from neuqi_kernels.spec import GemmSpec
 from neuqi_serve.config import WeightSpec
@@ -174,6 +175,7 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
         return tensor[expert].narrow(0, self.intermediate if shard == "w3" else 0, self.intermediate)
 
     def _check_arrived(self, parts: tuple[str, ...]) -> None:
+        self.config.unused_names.warn()
         expected = {(expert, shard) for expert in range(self.experts) for shard in STACK_OF}
         for part in parts:
             missing = sorted(expected - self.arrived.get(part, set()))
@@ -201,9 +203,15 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
             )
             for name, stack in self.stacks.items()
         ]
-        run = choose_run(ExpertsSpec(self.experts, specs[0], specs[1], compat.activation_name(layer)))
+        experts = ExpertsSpec(self.experts, specs[0], specs[1], compat.activation_name(layer))
+        run = choose_run(experts)
+        kept: list[Prepared] = []
+        checks = self.config.sanity.wants_experts(run, experts)
         for (name, stack), spec in zip(self.stacks.items(), specs, strict=True):
             canonical = [tensors.pop(f"{name}_{part}") for part in PARTS]
+            if checks:
+                qweight, scale, zero = (tensor[-1:].clone() for tensor in canonical)
+                kept.append((qweight, scale, zero))
             stack.record.packed_bytes = canonical[0].nbytes
             stack.record.scale_zero_bytes = canonical[1].nbytes + canonical[2].nbytes
             prepared = run.prepare(canonical[0], canonical[1], canonical[2], spec)
@@ -216,6 +224,8 @@ class NeuqiExpertsMethod(FusedMoEMethodBase):
         self.run = run
         setattr(layer, DONE, True)
         run.warm_up(layer)
+        if checks:
+            self.config.sanity.check_experts(repr(self.layer.prefix), run, layer, experts, *kept)
         now = time.perf_counter()
         first, second = (stack.record for stack in self.stacks.values())
         first.repack_seconds += now - started

@@ -8,9 +8,11 @@ import torch
 
 from neuqi_kernels import experts, moe
 from neuqi_kernels.backend import Prepared
+from neuqi_kernels.env import forced_backend
 from neuqi_kernels.experts import ExpertsBackend, ExpertsSpec
 from neuqi_kernels.moe import MoeBackend
 from neuqi_kernels.spec import GemmSpec
+from neuqi_serve.errors import UnsupportedModelError
 from neuqi_serve.vllm_plugin import compat
 
 
@@ -37,13 +39,24 @@ def choose_run(spec: ExpertsSpec) -> ExpertRun:
     """Return what runs such experts on their device.
 
     Raises:
+        UnsupportedModelError: no kernel of the GPU takes them.
         ValueError: no backend takes them, or the one that ``NEUQI_KERNEL_BACKEND`` names refuses.
     """
-    if spec.first.device_type == "cuda":
-        backends = {moe.choose(spec.first), moe.choose(spec.second)}
-        if len(backends) == 1 and moe.REFERENCE not in backends:
-            return GroupedRun(backends.pop(), spec)
-    return OperatorRun(experts.choose(spec), spec)
+    if spec.first.device_type == "cpu":
+        return OperatorRun(experts.choose(spec), spec)
+    for product in (spec.first, spec.second):
+        if moe.choose(product) is moe.REFERENCE and forced_backend() is None:
+            triton = moe.find("triton")
+            reason = triton if isinstance(triton, str) else triton.refuse(product)
+            # The definition waits for the device, which a CUDA graph cannot hold, and takes seconds for a step.
+            raise UnsupportedModelError(
+                f"expected experts that the GPU's kernels take, they refuse {product.bits} bits in groups of "
+                f"{product.group_size}: {reason}. Choose other bits for the experts, or leave them unquantized: "
+                '"modules_to_not_convert": ["experts", …].'
+            )
+    if moe.choose(spec.first) is moe.REFERENCE:
+        return OperatorRun(experts.REFERENCE, spec)
+    return GroupedRun(moe.choose(spec.first), spec)
 
 
 class OperatorRun:

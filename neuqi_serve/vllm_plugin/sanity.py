@@ -7,15 +7,19 @@ by ``neuqi_kernels.reference``, which is the definition.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.logger import init_logger
 
-from neuqi_kernels import reference
+from neuqi_kernels import experts_reference, reference
 from neuqi_kernels.backend import Backend, Prepared
+from neuqi_kernels.experts import ExpertsSpec
 from neuqi_kernels.spec import GemmSpec
 from neuqi_serve.config import EMBEDDING
 from neuqi_serve.env import sanity_check
 from neuqi_serve.errors import KernelError
+from neuqi_serve.vllm_plugin.expert_runs import ExpertRun
 
 logger = init_logger("vllm.neuqi")
 
@@ -32,7 +36,7 @@ class SanityCheck:
 
     def __init__(self, mode: str | None = None) -> None:
         self.mode = sanity_check() if mode is None else mode
-        self._seen: set[tuple[str, str, GemmSpec]] = set()
+        self._seen: set[tuple[str, str, GemmSpec | ExpertsSpec]] = set()
 
     def check(
         self, name: str, role: str, backend: Backend, prepared: Prepared, canonical: Prepared, spec: GemmSpec
@@ -58,6 +62,33 @@ class SanityCheck:
             f"{spec.bits} bits, group {spec.group_size}, N={spec.n}, K={spec.k}), got a relative error of "
             f"{error:.2g}, above {TOLERANCE}: its answers would be wrong. Choose another kernel, e.g. "
             "NEUQI_KERNEL_BACKEND=reference, and report this; --sanity-check warn serves all the same."
+        )
+
+    def wants_experts(self, run: ExpertRun, spec: ExpertsSpec) -> bool:
+        """Whether a layer of such experts was not checked yet: then one of them has to be kept in canonical form."""
+        kind = "experts", run.name, spec
+        if self.mode == "off" or kind in self._seen:
+            return False
+        self._seen.add(kind)
+        return True
+
+    def check_experts(
+        self, name: str, run: ExpertRun, layer: Any, spec: ExpertsSpec, first: Prepared, second: Prepared
+    ) -> None:
+        """Compare the layer's last expert with its definition; ``first``, ``second``: its canonical ``[1, N, …]``.
+
+        Raises:
+            KernelError: they differ, and the mode is ``refuse``.
+        """
+        error = experts_error(run, layer, spec, first, second)
+        if error <= TOLERANCE:
+            return
+        bits = spec.first.bits
+        self._report(
+            f"expected the kernel {run.name!r} to compute what its definition does on the experts {name} ({bits} bits, "
+            f"N={spec.first.n}, K={spec.first.k}), got a relative error of {error:.2g}, above {TOLERANCE}: its answers "
+            "would be wrong. Choose another kernel, e.g. NEUQI_KERNEL_BACKEND=reference, and report this; "
+            "--sanity-check warn serves all the same."
         )
 
     def _report(self, message: str) -> None:
@@ -86,8 +117,12 @@ def gemm_error(backend: Backend, prepared: Prepared, canonical: Prepared, spec: 
     for tokens in TOKENS.get(spec.device_type, TOKENS["cpu"]):
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, spec.k, generator=generator).to(device, spec.dtype)
-        y = backend.gemm(x, *prepared, None, spec.n, spec.bits, spec.group_size)
         expected = reference.gemm(x.float(), qweight, scale, zero, None, spec.bits, spec.group_size)
+        # Large weights must not run over in float16: a power of two changes nothing else.
+        _, exponent = torch.frexp(expected.abs().max())
+        x = torch.ldexp(x.float(), -exponent.clamp(min=0)).to(spec.dtype)
+        expected = reference.gemm(x.float(), qweight, scale, zero, None, spec.bits, spec.group_size)
+        y = backend.gemm(x, *prepared, None, spec.n, spec.bits, spec.group_size)
         worst = max(worst, _relative(y[:, rows].float(), expected))
     return worst
 
@@ -98,6 +133,44 @@ def embedding_error(backend: Backend, prepared: Prepared, canonical: Prepared, s
     y = backend.embedding(rows, *prepared, spec.n, spec.k, spec.bits, spec.group_size, spec.dtype)
     expected = reference.embedding(rows, *canonical, spec.bits, spec.group_size, torch.float32)
     return _relative(y.float(), expected)
+
+
+def experts_error(run: ExpertRun, layer: Any, spec: ExpertsSpec, first: Prepared, second: Prepared) -> float:
+    """Return the largest relative error of the last expert of this rank, over numbers of tokens.
+
+    Infinite where something is not finite. The other experts of a token have the weight 0.
+    """
+    device = first[0].device
+    ids = torch.arange(spec.experts, device=device)
+    if layer.expert_map is not None:
+        # The numbers that this rank's experts have among those of all ranks, in this rank's order.
+        mine = (layer.expert_map >= 0).nonzero().flatten()
+        ids = mine[layer.expert_map[mine].argsort()]
+    chosen = ids.flip(0)[: layer.top_k].to(torch.int32)
+    worst = 0.0
+    for tokens in TOKENS.get(spec.first.device_type, TOKENS["cpu"]):
+        generator = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, spec.first.k, generator=generator).to(device, spec.first.dtype)
+        weights = torch.zeros(tokens, len(chosen), device=device)
+        weights[:, 0] = 1.0
+        y = run(layer, x, weights, chosen.expand(tokens, -1).contiguous())
+        alone = torch.zeros(tokens, 1, dtype=torch.int64, device=device)
+        expected = experts_reference.experts(
+            x.float(),
+            first,
+            second,
+            None,
+            None,
+            torch.ones(tokens, 1, device=device),
+            alone,
+            spec.first.bits,
+            spec.first.group_size,
+            spec.second.bits,
+            spec.second.group_size,
+            spec.activation,
+        )
+        worst = max(worst, _relative(y.float(), expected))
+    return worst
 
 
 def _relative(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -116,5 +189,7 @@ def logits_are_finite(runner: object) -> bool | None:
         logits = runner.model.compute_logits(last)  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         return None
-    # Ranks that do not gather the logits have none.
-    return bool(torch.isfinite(logits).all()) if isinstance(logits, torch.Tensor) else None
+    # Ranks that do not gather the logits have none. Some models rule tokens out with minus infinity.
+    if not isinstance(logits, torch.Tensor):
+        return None
+    return not bool((logits.isnan() | logits.isposinf()).any())

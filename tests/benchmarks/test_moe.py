@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from neuqi_kernels.cpu import library
+from neuqi_serve.config import WeightSpec
+from neuqi_serve.format.source import open_source
+from neuqi_serve.pipeline.selection import select_modules
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -45,3 +48,15 @@ def test_a_wrong_result_is_never_timed(moe, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="expected an error of at most"):
         moe.main(["--quick", "--bits", "2", "--threads", "1", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_model_is_one_that_can_be_packed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("harness", "moe_decode"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    script = importlib.import_module("moe_decode")
+    script.write_checkpoint(tmp_path / "model", script.QUICK)
+    selection = select_modules(open_source(tmp_path / "model"), WeightSpec(4, 32))
+    experts = [name for name in selection.modules if ".experts." in name]
+    assert len(experts) == 3 * script.QUICK.experts
+    assert "model.layers.0.mlp.gate" not in selection.modules

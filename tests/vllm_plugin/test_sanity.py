@@ -54,6 +54,12 @@ def test_real_kernels_are_far_below_the_tolerance(name: str, bits: int, dtype: t
     assert embedding_error(backend, prepared, canonical, spec) < TOLERANCE / 4
 
 
+def test_large_weights_do_not_run_over_in_float16() -> None:
+    spec, (qweight, scale, zero) = _layer(dtype=torch.float16)
+    canonical = qweight, scale.float() * 30000, zero
+    assert gemm_error(REFERENCE, canonical, canonical, spec) < TOLERANCE / 4
+
+
 class _Broken(ReferenceBackend):
     """The reference kernel with one mistake in it."""
 

@@ -68,6 +68,8 @@ struct ExpertsJob {
   // the second products [row, hidden].
   float *pairs, *out;
   uint8_t* h;
+  // Whether the first products all have the same single row: then it is prepared once.
+  bool one_row = false;
   Products first, second;
   std::atomic<bool> any_broken{false};
   Tasks prepare, activate, sum;
@@ -117,6 +119,13 @@ inline void sort_routes(ExpertsJob& job, int64_t* starts) {
   }
 }
 
+// Experts with routes; `starts` as sort_routes leaves it.
+inline int64_t count_visited(const ExpertsArgs& args, const int64_t* starts) {
+  int64_t visited = 0;
+  for (int64_t e = 0, row = 0; e < args.experts; row = starts[e], ++e) visited += starts[e] > row;
+  return visited;
+}
+
 template <class O>
 void add_product(ExpertsJob& job, Products& products, const GemmArgs& args, const Prepared& prepared, int64_t row) {
   Product product{args, 0, args.m};
@@ -147,12 +156,11 @@ void add_experts(ExpertsJob& job, const int64_t* starts, const Prepared& x, cons
   for (int64_t e = 0, row = 0; e < args.experts; row = starts[e], ++e) {
     const int64_t count = starts[e] - row;
     if (!count) continue;
-    // One token is the same for all of its experts.
     add_product<O>(job, job.first,
                    {first, args.first_tiles + e * first_bytes, args.x, element(args.first_bias, e * first.n, args.bias_kind),
                     job.pairs + row * first.n, count, args.kind, args.bias_kind, args.threads, kFloat32,
                     job.token_of + row},
-                   x, job.tokens == 1 ? 0 : row);
+                   x, job.one_row ? 0 : row);
     add_product<O>(job, job.second,
                    {second, args.second_tiles + e * second_bytes, job.h + row * second.k * kind_bytes(args.kind),
                     element(args.second_bias, e * second.n, args.bias_kind), job.out + row * second.n, count, args.kind,
@@ -195,9 +203,8 @@ inline void sum_token(const ExpertsJob& job, int64_t task) {
 template <class O>
 void work_on_experts(void* data) {
   auto& job = *static_cast<ExpertsJob*>(data);
-  const bool one = job.tokens == 1;
   share<O>(job.prepare, [&](int64_t task) {
-    const Product& product = one ? job.first.of[0] : job.first.find(task);
+    const Product& product = job.one_row ? job.first.of[0] : job.first.find(task);
     prepare_rows(product, task);
   });
   walk(job.first_units, [&](int64_t unit) { job.first.run(unit); });
@@ -232,12 +239,14 @@ void run_experts_chunk(const ExpertsArgs& args, int64_t first_token, int64_t tok
   job.h = arena.take<uint8_t>(routes * args.second.k * kind_bytes(args.kind));
   if (!arena.memory) return;
   sort_routes(job, starts);
+  // A token may come to an expert more than once, as far as this is concerned.
+  job.one_row = tokens == 1 && count_visited(args, starts) == starts[args.experts];
   add_experts<O>(job, starts, x, h);
   finish_products<O>(job.first, args.first, parts, args.threads);
   finish_products<O>(job.second, args.second, parts, args.threads);
   const int64_t units = job.first.units_each * job.first.visited;
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(args.threads, units)));
-  job.prepare.count = tokens == 1 && job.first.visited ? job.first.of[0].tasks_per_panel : job.first.tasks();
+  job.prepare.count = job.one_row && job.first.visited ? job.first.of[0].tasks_per_panel : job.first.tasks();
   job.activate.count = job.second.tasks();
   job.sum.count = tokens * job.sums_per_token();
   job.first_units.divide(units, threads);

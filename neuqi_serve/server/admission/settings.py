@@ -64,10 +64,9 @@ def admit(args: Namespace, operation: Operation) -> list[str]:
     fixed = collect_keys(args.api_key)
     file = KeyFile(operation.api_key_file) if operation.api_key_file is not None else None
     keys = (*fixed, *(file.keys if file is not None else ()))
-    if keys and (getattr(args, "grpc", False) or args.grpc_port is not None):
-        raise UsageError(
-            "expected no API keys with gRPC, which does not check them. Leave --grpc out, or the keys."
-        )
+    other = _other_front_end(args)
+    if keys and other is not None:
+        raise UsageError(f"expected no API keys with {other}, which checks none. Leave it out, or the keys.")
     private = is_private(args.host, args.uds)
     settings = AdmissionSettings(
         fixed,
@@ -85,6 +84,15 @@ def admit(args: Namespace, operation: Operation) -> list[str]:
     # vLLM adds the last one outermost.
     args.middleware = [*args.middleware, GATE]
     return _explain(keys, file, private)
+
+
+def _other_front_end(args: Namespace) -> str | None:
+    """Return the name of a server that vLLM would run instead of the one that has a gate."""
+    from vllm import envs
+
+    if args.grpc or args.grpc_port is not None:
+        return "gRPC"
+    return "vLLM's Rust front end" if envs.VLLM_USE_RUST_FRONTEND else None
 
 
 def _processes(args: Namespace) -> int:
