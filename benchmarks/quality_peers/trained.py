@@ -72,8 +72,8 @@ def pv_tuned(
 
     V step: of all weights of a layer, the ``share`` whose loss falls most by linearisation, ``dW`` scaled by its
     running mean square, take the neighbouring code in the direction of descent; the share follows the
-    schedule of the learning rate. In so small a subspace the step may be as long as a code is wide, where a step on all weights would round
-    back. Reference: arXiv:2405.14852, Alg. 1 and §3.3.
+    schedule of the learning rate. In so small a subspace the step may be as long as a code is wide, where a step on
+    all weights would round back. Reference: arXiv:2405.14852, Alg. 1 and §3.3.
     """
     student, parameters = student_of(quantized, stored, spec)
     objective = make_loss(loss, student, original)
