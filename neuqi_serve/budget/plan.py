@@ -157,7 +157,7 @@ def _check_feasible(groups: Sequence[WidthGroup], kept: int, limit: int) -> None
     if smallest > limit:
         raise DoesNotFitError(
             f"expected a budget of at least {smallest} bytes ({format_bytes(smallest)}), the model at its smallest "
-            f"widths, got {limit}. Raise it, or choose a larger --group-size."
+            f"widths, got {limit}. Raise it."
         )
 
 
