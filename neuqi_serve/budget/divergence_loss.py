@@ -1,7 +1,7 @@
 """What a width does to the model's answers: KL divergence with one group of layers quantized, the others as they are.
 
-Measured at the smallest choice of a group; others follow in proportion to their weight loss, since for small errors the
-divergence is quadratic in them.
+Measured at one choice of a group, about as large as the budget is; others follow in proportion to their weight loss,
+since for small errors the divergence is quadratic in them.
 """
 
 from __future__ import annotations
@@ -47,15 +47,22 @@ def own_samples(model: Any, sequences: int = SEQUENCES, length: int = LENGTH) ->
     return drawn
 
 
-def reference_spec(group: WidthGroup) -> WeightSpec | None:
-    """Return the spec of a group at which it is measured, the smallest; None if it can only stay as it is."""
-    return next((choice.spec for choice in group.choices if choice.spec is not None), None)
+def reference_spec(group: WidthGroup, share: float) -> WeightSpec | None:
+    """Return the spec at which a group is measured: the one whose size is nearest to ``share`` times the smallest.
+
+    None for a group that can only stay as it is.
+    """
+    choices = [choice for choice in group.choices if choice.spec is not None]
+    wanted = share * min((choice.nbytes for choice in choices), default=0)
+    nearest = min(choices, key=lambda choice: abs(choice.nbytes - wanted), default=None)
+    return None if nearest is None else nearest.spec
 
 
 @torch.no_grad()
 def divergence_losses(
     model: Any,
     groups: Sequence[WidthGroup],
+    references: Mapping[str, WeightSpec | None],
     tokens: Tensor,
     importance: Mapping[str, Tensor],
     preset: str,
@@ -63,7 +70,8 @@ def divergence_losses(
 ) -> dict[str, float]:
     """Quantize one group at a time to its reference spec; return group → mean KL divergence in nats per token.
 
-    ``tokens`` ``[S, T]``: texts. ``importance``: layer → h ``[K]``. The model is as before when this returns.
+    ``references``: group → spec. ``tokens`` ``[S, T]``: texts. ``importance``: layer → h ``[K]``. The model is as
+    before when this returns.
 
     Raises:
         UnsupportedModelError: a layer of the checkpoint is no linear layer or embedding of the model.
@@ -74,7 +82,7 @@ def divergence_losses(
     original = [_log_probabilities(model, batch) for batch in batches]
     losses: dict[str, float] = {}
     for group in groups:
-        spec = reference_spec(group)
+        spec = references[group.name]
         if spec is None:
             losses[group.name] = 0.0
         else:

@@ -95,27 +95,52 @@ def plan_budget(
         raise UsageError(f"expected a sensitivity among {SENSITIVITIES}, got {sensitivity!r}.")
     source = open_source(source_path)
     asked = settings.vocabulary or VocabularyBits()
-    selection = _fitting_selection(source, settings, group_sizes)
+    selection = fitting_selection(source, settings, group_sizes)
     groups = width_groups(source, selection, asked, group_sizes)
-    limit = budget.nbytes if budget.nbytes is not None else bytes_at(source, selection, budget.bits or 0.0)
+    limit = budget_bytes(source, selection, budget)
     kept = kept_bytes(source, selection)
     _check_feasible(groups, kept, limit)
-    measured = _measured(source, selection, groups, settings, sensitivity, stream)
+    measured = _measured(source, selection, groups, settings, sensitivity, stream, limit - kept)
     allocation = allocate(measured, limit - kept)
     return BudgetPlan(
         allocation=allocation,
         groups=measured,
-        settings=_settings(settings, selection, measured, allocation, budget),
+        settings=replace(
+            _settings(settings, selection, measured, allocation),
+            budget=budget_options(budget, sensitivity, group_sizes),
+        ),
         nbytes=kept + allocation.nbytes,
         limit=limit,
         mean_bits=_mean_bits(selection, measured, allocation),
     )
 
 
-def _fitting_selection(
+def budget_bytes(source: SourceCheckpoint, selection: Selection, budget: Budget) -> int:
+    """Return the most that all tensors may take together."""
+    if budget.bits is not None:
+        return bytes_at(source, selection, budget.bits)
+    assert budget.nbytes is not None
+    return budget.nbytes
+
+
+def budget_options(budget: Budget, sensitivity: str, group_sizes: Sequence[int]) -> str:
+    """Return the options of `neuqi quantize` that say the same, defaults left out."""
+    words = [budget.option()]
+    if len(group_sizes) == 1:
+        words.append(f"--group-size {group_sizes[0]}")
+    if sensitivity != DEFAULT_SENSITIVITY:
+        words.append(f"--sensitivity {sensitivity}")
+    return " ".join(words)
+
+
+def fitting_selection(
     source: SourceCheckpoint, settings: QuantizationSettings, group_sizes: Sequence[int]
 ) -> Selection:
-    """Select with the group size of the settings, or the largest one that divides all rows."""
+    """Select with the group size of the settings, or the largest one that divides all rows.
+
+    Raises:
+        UsageError: only one size is allowed, and it does not divide all rows.
+    """
     spec, sizes = settings.spec, sorted(group_sizes, reverse=True)
     for size in (spec.group_size, *(one for one in sizes if one != spec.group_size)):
         try:
@@ -132,7 +157,7 @@ def _check_feasible(groups: Sequence[WidthGroup], kept: int, limit: int) -> None
     if smallest > limit:
         raise DoesNotFitError(
             f"expected a budget of at least {smallest} bytes ({format_bytes(smallest)}), the model at its smallest "
-            f"widths, got {limit}. Raise it, or choose a larger --group-size."
+            f"widths, got {limit}. Raise it."
         )
 
 
@@ -143,13 +168,16 @@ def _measured(
     settings: QuantizationSettings,
     sensitivity: str,
     stream: TextIO | None,
+    limit: int,
 ) -> tuple[WidthGroup, ...]:
     importance = _importance(settings, groups, selection)
     weights = _weight_losses(source, selection, groups, settings, importance, stream)
-    references = {group.name: reference_spec(group) for group in groups}
+    # Losses are in proportion only as long as they are alike: each is measured about where it will be.
+    share = limit / sum(min(choice.nbytes for choice in group.choices) for group in groups)
+    references = {group.name: reference_spec(group, share) for group in groups}
     at_reference = {name: weights[name].sensitivity(spec) for name, spec in references.items() if spec}
     if sensitivity == "divergence":
-        found = _run_divergence(source.path, groups, settings, importance, stream)
+        found = _run_divergence(source.path, groups, references, settings, importance, stream)
         # The geometric mean: the divergence knows what matters, but of one small text; on another the mean does better.
         at_reference = {name: (found[name] * guess) ** 0.5 for name, guess in at_reference.items()}
     measured = []
@@ -193,6 +221,7 @@ def _weight_losses(
 def _run_divergence(
     path: Path,
     groups: Sequence[WidthGroup],
+    references: Mapping[str, WeightSpec | None],
     settings: QuantizationSettings,
     importance: Mapping[str, Tensor],
     stream: TextIO | None,
@@ -209,7 +238,7 @@ def _run_divergence(
     try:
         tokens = own_samples(model)
         done = None if progress is None else lambda name: progress.advance(1, f"running without {name}")
-        return divergence_losses(model, groups, tokens, importance, _PRESET, done)
+        return divergence_losses(model, groups, references, tokens, importance, _PRESET, done)
     finally:
         if progress is not None:
             progress.close()
@@ -236,7 +265,6 @@ def _settings(
     selection: Selection,
     groups: Sequence[WidthGroup],
     allocation: Allocation,
-    budget: Budget,
 ) -> QuantizationSettings:
     """The settings with the specs chosen; the default is the one that most layers have."""
     linear: dict[str, WeightSpec] = {}
@@ -258,7 +286,7 @@ def _settings(
     bits = VocabularyBits(
         *(None if exceptions.get(name) else UNQUANTIZED_BITS for name in (LM_HEAD, EMBEDDING))
     )
-    return replace(settings, spec=most, vocabulary=bits, exceptions=exceptions, budget=budget.option())
+    return replace(settings, spec=most, vocabulary=bits, exceptions=exceptions)
 
 
 def _mean_bits(selection: Selection, groups: Sequence[WidthGroup], allocation: Allocation) -> float:

@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     training.add_argument(
         "--loss",
         choices=_LOSSES,
-        default=_LOSSES[0],
+        default=_LOSSES[1],
         help="hidden: squared error behind the final norm; logits: KL divergence of the next token; blocks: squared "
         "error behind every block by itself (default: %(default)s)",
     )

@@ -17,7 +17,7 @@ from neuqi_serve.errors import NeuqiError, UsageError
 BETAS = (0.9, 0.95)
 WARMUP_SHARE = 0.1
 # Tried where none is given: each a relative change of scales a step, and one of zero-points in codes.
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 # Steps of a trial, as a share of those of the run.
 TRIAL_SHARE = 0.125
 # One window of so many is never trained on: it tells learning rates, and the result, apart.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from neuqi_serve.config import (
@@ -49,6 +50,14 @@ def is_name_of(name: str, module: str) -> bool:
     if name.startswith(REGEX_PREFIX):
         return re.search(name.removeprefix(REGEX_PREFIX), module) is not None
     return module == name or module.endswith("." + name)
+
+
+def trailing_names(module: str) -> list[str]:
+    """Return the names that :func:`is_name_of` takes for the module, expressions aside: ``a.b.c``, ``b.c``, ``c``."""
+    names = [module]
+    while "." in names[-1]:
+        names.append(names[-1].partition(".")[2])
+    return names
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,17 @@ class QuantizationRecipe:
         exact = self.modules.get(module)
         if exact is not None:
             return exact
-        return next((spec for name, spec in self.modules.items() if is_name_of(name, module)), None)
+        # A mixture of experts can name its modules by the ten thousand: no search through all of them.
+        places, expressions = self._places
+        found = [places[name] for name in trailing_names(module) if name in places]
+        found += [places[name] for name in expressions if is_name_of(name, module)]
+        return list(self.modules.values())[min(found)] if found else None
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], list[str]]:
+        """Where each name stands in ``modules``, and which names are regular expressions."""
+        places = {name: place for place, name in enumerate(self.modules)}
+        return places, [name for name in places if name.startswith(REGEX_PREFIX)]
 
     def vocabulary_spec(self, module: str) -> WeightSpec | None:
         """Return the spec of the output head or embedding of this full name, None if it stays as it is."""

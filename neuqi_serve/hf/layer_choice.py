@@ -10,7 +10,7 @@ from torch import nn
 
 from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS, WHOLE_ROW, WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
-from neuqi_serve.format.quantization_config import QuantizationRecipe
+from neuqi_serve.format.quantization_config import REGEX_PREFIX, QuantizationRecipe
 from neuqi_serve.hf.experts import is_experts, matrices, matrix_names
 from neuqi_serve.hf.layers import PackedMatrix
 from neuqi_serve.pipeline.families import Family, family_of
@@ -64,7 +64,35 @@ def online_recipe(model: Any, settings: Mapping[str, Any]) -> QuantizationRecipe
                     "model cannot be packed."
                 )
             _check_group(recipe.spec_of(full), columns, full)
-    return replace(recipe, modules_to_not_convert=(*recipe.modules_to_not_convert, *kept))
+    return _without_expressions(
+        replace(recipe, modules_to_not_convert=(*recipe.modules_to_not_convert, *kept)), model
+    )
+
+
+def _without_expressions(recipe: QuantizationRecipe, model: Any) -> QuantizationRecipe:
+    """Put the names of modules in the place of regular expressions, which a packed checkpoint may not have."""
+    if not any(name.startswith(REGEX_PREFIX) for name in (*recipe.modules, *recipe.modules_to_not_convert)):
+        return recipe
+    names = [
+        checkpoint_name(model, name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    for name, module in model.named_modules():
+        if is_experts(module):
+            names += [
+                checkpoint_name(model, f"{name}.{one}") for one, _ in matrices(module, matrix_names(model))
+            ]
+    kept = [name for name in recipe.modules_to_not_convert if not name.startswith(REGEX_PREFIX)]
+    plain = {name: spec for name, spec in recipe.modules.items() if not name.startswith(REGEX_PREFIX)}
+    without = replace(recipe, modules=plain, modules_to_not_convert=tuple(kept))
+    kept += [name for name in names if recipe.keeps(name) and not without.keeps(name)]
+    found = {name: recipe.exception_of(name) for name in names if not recipe.keeps(name)}
+    # Full names come first in a recipe, as the first expression that matched did.
+    exact = {
+        name: spec for name, spec in found.items() if spec is not None and spec != without.exception_of(name)
+    }
+    return replace(recipe, modules={**exact, **plain}, modules_to_not_convert=tuple(kept))
 
 
 def packed_layers(model: Any, recipe: QuantizationRecipe) -> dict[str, WeightSpec]:

@@ -96,8 +96,8 @@ def quantize_command(base: str, name: str, recipe: QuantizationRecipe, manifest:
     made = manifest.quantization
     words = [f"neuqi quantize {base} -o {name}"]
     budget = made.get("budget")
-    words.append(f"--bits {recipe.spec.bits}" if budget is None else str(budget))
-    words.append(f"--group-size {recipe.spec.group_size}")
+    one_width = f"--bits {recipe.spec.bits} --group-size {recipe.spec.group_size}"
+    words.append(one_width if budget is None else str(budget))
     if recipe.spec.scale_dtype != "float16":
         words.append(f"--scale-dtype {recipe.spec.scale_dtype}")
     preset = made.get("preset")

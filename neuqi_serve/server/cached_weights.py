@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from neuqi_serve import load_status
-from neuqi_serve.config import DEFAULT_PRESET, VocabularyBits, WeightSpec
+from neuqi_serve.budget.budget import Budget
+from neuqi_serve.config import DEFAULT_PRESET, SUPPORTED_GROUP_SIZES, VocabularyBits, WeightSpec
 from neuqi_serve.env import read_environment
 from neuqi_serve.errors import (
     DoesNotFitError,
@@ -63,7 +64,10 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Request:
-    """What to pack: ``name`` is a folder or a hub name with its ``revision``."""
+    """What to pack: ``name`` is a folder or a hub name with its ``revision``.
+
+    ``budget``: layers get widths of their own under it, with groups of one of ``group_sizes``.
+    """
 
     name: str
     revision: str | None
@@ -72,6 +76,8 @@ class Request:
     importance: Path | None
     on_cpu: bool
     vocabulary: VocabularyBits = field(default_factory=VocabularyBits)
+    budget: Budget | None = None
+    group_sizes: tuple[int, ...] = SUPPORTED_GROUP_SIZES
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,14 @@ class CachedWeights:
         return answer
 
 
+def no_widths(budget: Budget, reason: str) -> UsageError:
+    """Return the error of a start that cannot choose widths under a budget."""
+    return UsageError(
+        f"expected the cache for {budget.option()}, which packs the model with a width for each layer, but {reason}. "
+        f"Pack it with `neuqi quantize MODEL -o OUT {budget.option()}` and serve OUT."
+    )
+
+
 def conflict(model: ServedModel, options: frozenset[str]) -> str | None:
     """Return why the cache cannot be used for this model and these options of vLLM (without dashes)."""
     # "--hf-overrides.key value" sets one key of an object.
@@ -197,7 +211,7 @@ def _work(request: Request, sender: Connection, parent: int) -> None:
 
 
 def _prepared(request: Request) -> Answer:
-    from neuqi_serve.cache.prepare import prepare
+    from neuqi_serve.cache.prepare import WantedWidths, prepare
     from neuqi_serve.cache.store import Cache
     from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings
 
@@ -213,14 +227,21 @@ def _prepared(request: Request) -> Answer:
             vocabulary=request.vocabulary,
         )
         folder = _folder(request)
-        prepared = prepare(folder, settings, cache, _tell, sys.stderr)
+        wanted = None if request.budget is None else WantedWidths(request.budget, request.group_sizes)
+        prepared = prepare(folder, settings, cache, _tell, sys.stderr, wanted)
     except (DoesNotFitError, UnsupportedModelError) as error:
-        return Answer(reason=str(error))
+        # Widths are chosen ahead of time only: there is nothing to fall back to.
+        return Answer(reason=str(error)) if request.budget is None else Answer(error=error)
     except (UsageError, IntegrityError) as error:
         return Answer(error=error)
     except Exception as error:
         # A full or read-only disk, no memory, no network: the model can still be quantized while it loads.
-        return Answer(reason=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return (
+            Answer(reason=reason)
+            if request.budget is None
+            else Answer(error=no_widths(request.budget, reason))
+        )
     return Answer(prepared.key, prepared.found, time.monotonic() - started)
 
 

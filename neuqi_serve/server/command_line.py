@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from neuqi_serve.budget.budget import Budget, budget_of, parse_bits
 from neuqi_serve.config import (
     DEFAULT_EMBEDDING_BITS,
     DEFAULT_LM_HEAD_BITS,
@@ -55,7 +56,7 @@ _HUB_OPTIONS = (
 class OwnOptions:
     """Our own options; None where the user gave nothing."""
 
-    bits: int | None = None
+    bits: int | float | None = None
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
@@ -64,6 +65,7 @@ class OwnOptions:
     cache: bool = True
     lm_head_bits: int | None = None
     embedding_bits: int | None = None
+    fit: str | None = None
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
@@ -78,6 +80,7 @@ class OwnOptions:
             not args.no_cache,
             args.lm_head_bits,
             args.embedding_bits,
+            args.fit,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -91,6 +94,8 @@ class OwnOptions:
     def completed_by(self, settings: Mapping[str, Any]) -> OwnOptions:
         """Return these options with ``settings`` (those of the environment) where the user gave nothing."""
         missing = {key: settings[key] for key in SETTINGS if key in settings and getattr(self, key) is None}
+        if self.fit is not None:
+            missing.pop("bits", None)
         if "importance" in missing:
             missing["importance"] = Path(missing["importance"])
         return replace(self, **missing)
@@ -103,10 +108,18 @@ class OwnOptions:
         """
         default = WeightSpec()
         return WeightSpec(
-            default.bits if self.bits is None else self.bits,
+            self.bits if isinstance(self.bits, int) else default.bits,
             default.group_size if self.group_size is None else self.group_size,
             self.scale_dtype or default.scale_dtype,
         )
+
+    def budget(self) -> Budget | None:
+        """Return the budget under which layers get widths of their own; None for one width.
+
+        Raises:
+            UsageError: ``--bits`` and ``--fit`` both, or a value outside what is possible.
+        """
+        return budget_of(self.bits, self.fit)
 
     def vocabulary(self) -> VocabularyBits:
         """Return the widths of output head and embedding that the user gave.
@@ -142,9 +155,14 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     # Values are checked by WeightSpec, whose messages say what to do.
     group.add_argument(
         "--bits",
-        type=int,
+        type=parse_bits,
         metavar=_choices(SUPPORTED_BITS),
-        help=f"bits per weight (default: {default.bits})",
+        help=f"bits per weight; a decimal number, e.g. 2.5, gives each layer its own (default: {default.bits})",
+    )
+    group.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="the most that all weights may take, e.g. 8GiB: gives each layer its own bits, in place of --bits",
     )
     group.add_argument(
         "--group-size",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neuqi_serve.config import EMBEDDING, LM_HEAD
+from neuqi_serve.config import EMBEDDING, LM_HEAD, SUPPORTED_GROUP_SIZES
 from neuqi_serve.env import SANITY_CHECK, read_environment
 from neuqi_serve.errors import UsageError
 from neuqi_serve.format.online_settings import (
@@ -20,7 +20,7 @@ from neuqi_serve.format.online_settings import (
 from neuqi_serve.server import vllm_start
 from neuqi_serve.server.admission.keys import KeyFile
 from neuqi_serve.server.admission.settings import admit
-from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict
+from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict, no_widths
 from neuqi_serve.server.command_line import (
     DEFAULT_HOST,
     DESCRIPTION,
@@ -137,7 +137,10 @@ def look_into_cache(
     if model.kind != "unquantized" or not own.quantize:
         return
     reason = "--no-cache was given" if not own.cache else conflict(model, options)
+    budget = own.budget()
     if reason is not None:
+        if budget is not None:
+            raise no_widths(budget, reason)
         cached.refuse(reason)
         return
     cached.start(
@@ -149,6 +152,8 @@ def look_into_cache(
             own.importance,
             machine.runs_on_cpu,
             own.vocabulary(),
+            budget,
+            SUPPORTED_GROUP_SIZES if own.group_size is None else (own.group_size,),
         )
     )
 
@@ -163,6 +168,7 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
     """
     asked = {
         "--bits": own.bits,
+        "--fit": own.fit,
         "--group-size": own.group_size,
         "--scale-dtype": own.scale_dtype,
         "--preset": own.preset,
@@ -189,6 +195,11 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
                 f"expected no --importance, as {model.name} is packed already, got {own.importance}. Leave it out, or "
                 "give the original model to quantize it anew."
             )
+        if own.fit is not None:
+            raise UsageError(
+                f"expected no --fit, got {own.fit}: {model.name} is packed, its widths are chosen. Leave it out, or "
+                "give the original model to quantize it anew."
+            )
         for option, value in given.items():
             if value != stored[option]:
                 raise UsageError(
@@ -211,7 +222,8 @@ def check_settings(model: ServedModel, own: OwnOptions, method: str | None) -> N
             raise UsageError(
                 f"expected an importance file, got {own.importance}, which is none. Check the path."
             )
-        check_on_the_fly(model, own.spec())
+        if own.budget() is None or own.group_size is not None:
+            check_on_the_fly(model, own.spec())
         own.vocabulary().resolved(model.is_tied)
 
 

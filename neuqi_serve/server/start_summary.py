@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS
+from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS, WeightSpec
+from neuqi_serve.format.quantization_config import is_name_of
 from neuqi_serve.server.cached_weights import CachedWeights
 from neuqi_serve.server.command_line import OwnOptions
 from neuqi_serve.server.machine import Machine
@@ -38,7 +39,7 @@ def print_summary(
 def _weights(model: ServedModel, own: OwnOptions) -> str:
     if model.kind == "packed" and model.spec is not None:
         stored = vocabulary_width(model, LM_HEAD), vocabulary_width(model, EMBEDDING)
-        return f"packed with {model.spec.bits} bits, group size {model.spec.group_size}{_vocabulary(*stored)}"
+        return f"packed with {_widths(model, model.spec)}{_vocabulary(*stored)}"
     if model.kind == "foreign":
         return f"quantized with {model.method!r}, served by vLLM as it is"
     if not own.quantize:
@@ -46,6 +47,17 @@ def _weights(model: ServedModel, own: OwnOptions) -> str:
     spec = own.spec()
     chosen = own.vocabulary().resolved(model.is_tied)
     return f"quantized while it loads to {spec.bits} bits, group size {spec.group_size}{_vocabulary(*chosen)}"
+
+
+def _widths(model: ServedModel, default: WeightSpec) -> str:
+    """Bits and group size of the linear layers, which may have several."""
+    named = model.recipe.modules.items() if model.recipe is not None else ()
+    specs = {default, *(s for name, s in named if not any(is_name_of(v, name) for v in (LM_HEAD, EMBEDDING)))}
+    bits = sorted({spec.bits for spec in specs})
+    if len(specs) == 1:
+        return f"{default.bits} bits, group size {default.group_size}"
+    span = f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
+    return f"{span}, a width and group size for each layer"
 
 
 def _vocabulary(head: int, embedding: int) -> str:

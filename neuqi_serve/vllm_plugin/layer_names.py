@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 
 from neuqi_serve.config import DEFAULT_SKIP, EMBEDDING, LM_HEAD
 from neuqi_serve.errors import UnsupportedModelError
-from neuqi_serve.format.quantization_config import is_name_of
+from neuqi_serve.format.quantization_config import REGEX_PREFIX, is_name_of, trailing_names
 
 logger = init_logger("vllm.neuqi")
 
@@ -34,7 +34,9 @@ class UnusedNames:
         """Strike out the names of a layer and of the shards fused into it."""
         if self._unused:
             seen = (prefix, *shards)
-            self._unused = {n for n in self._unused if not any(is_name_of(n, module) for module in seen)}
+            self._unused.difference_update(*map(trailing_names, seen))
+            expressions = {name for name in self._unused if name.startswith(REGEX_PREFIX)}
+            self._unused -= {n for n in expressions if any(is_name_of(n, module) for module in seen)}
 
     def warn(self) -> None:
         """Say once which names no layer has."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples, weight_of
+from neuqi_serve.budget.divergence_loss import divergence_losses, own_samples, reference_spec, weight_of
 from neuqi_serve.budget.weight_loss import weight_loss
 from neuqi_serve.budget.width_group import Choice, WidthGroup
 from neuqi_serve.config import WeightSpec
@@ -82,9 +82,9 @@ def test_divergences_are_those_of_a_model_with_one_group_quantized(model: Any) -
     tokens = torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(0))
     names = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found = divergence_losses(
-        model, [group(*names), group("model.layers.1.mlp.down_proj")], tokens, {}, "fast"
-    )
+    groups = [group(*names), group("model.layers.1.mlp.down_proj")]
+    references = {one.name: SPECS[0] for one in groups}
+    found = divergence_losses(model, groups, references, tokens, {}, "fast")
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
     original = model(tokens).logits.double().log_softmax(-1)
@@ -114,9 +114,7 @@ def test_samples_are_the_models_own_and_always_alike(model: Any) -> None:
 
 def test_a_layer_that_transformers_does_not_have_is_refused(model: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="--sensitivity weights"):
-        divergence_losses(
-            model, [group("model.layers.0.mlp.experts.0.w1")], torch.zeros(1, 4).long(), {}, "fast"
-        )
+        weight_of(model, "model.layers.0.mlp.experts.0.w1")
 
 
 def test_experts_are_found_in_their_stacked_tensors() -> None:
@@ -135,3 +133,10 @@ def test_experts_are_found_in_their_stacked_tensors() -> None:
         found = weight_of(model, f"{name}.{part}")
         assert torch.equal(found, expected)
         assert found.data_ptr() == expected.data_ptr()
+
+
+@pytest.mark.parametrize(("share", "bits"), [(0.1, 2), (1.0, 2), (1.6, 3), (1.9, 4), (9.0, 8)])
+def test_a_group_is_measured_about_where_the_budget_is(share: float, bits: int) -> None:
+    assert reference_spec(group("layer"), share) == WeightSpec(bits, 32)
+    unpacked = WidthGroup("head", ("head",), (Choice(None, 100),))
+    assert reference_spec(unpacked, share) is None

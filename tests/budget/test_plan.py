@@ -42,7 +42,8 @@ def test_the_folder_has_the_widths_and_the_size_of_the_plan(
             packed = checkpoint.manifest.modules.get(module)
             assert (packed and packed.spec) == plan.allocation.chosen[group.name].spec
     assert len({module.spec.bits for module in checkpoint.manifest.modules.values()}) > 1
-    assert checkpoint.manifest.quantization["budget"] == "--bits 2.5"
+    how = "" if sensitivity == "divergence" else " --sensitivity weights"
+    assert checkpoint.manifest.quantization["budget"] == f"--bits 2.5{how}"
     assert plan.allocation.gap < 1e-6
 
 

@@ -216,3 +216,18 @@ def test_some_architectures_keep_their_vocabulary() -> None:
     assert recipe.vocabulary_spec("lm_head") is None
     with pytest.raises(UsageError, match="expected 16 bits for lm_head of GPTNeoXForCausalLM"):
         QuantizationRecipe.for_online({"lm_head_bits": 8}, architecture="GPTNeoXForCausalLM")
+
+
+def test_of_several_names_of_a_module_the_first_holds_and_the_full_one_before_all() -> None:
+    modules = {
+        "re:layers[.]1[.].*down": {"bits": 3, "group_size": 32},
+        "experts.7.down_proj": {"bits": 2, "group_size": 32},
+        "down_proj": {"bits": 8, "group_size": 32},
+        "model.layers.1.mlp.experts.9.down_proj": {"bits": 4, "group_size": 32},
+    }
+    recipe = QuantizationRecipe.for_online({"modules": modules})
+    experts = "model.layers.{}.mlp.experts.{}.down_proj"
+    found = [recipe.exception_of(experts.format(*place)) for place in ((1, 7), (1, 9), (0, 7), (0, 8))]
+    assert [spec.bits for spec in found if spec is not None] == [3, 4, 2, 8]
+    assert recipe.exception_of("model.layers.0.mlp.experts.7.up_proj") is None
+    assert recipe.exception_of("model.layers.0.mlp.my_down_proj") is None

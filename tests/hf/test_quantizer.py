@@ -131,6 +131,23 @@ def test_options_reach_the_model(model_folder: Folder, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
 
 
+def test_expressions_become_names_in_the_folder(model_folder: Folder, tmp_path: Path) -> None:
+    config = NeuqiConfig(
+        bits=3,
+        group_size=32,
+        modules={r"re:layers\.1\..*_proj": {"bits": 4}},
+        modules_to_not_convert=[r"re:layers\.0\..*o_proj"],
+    )
+    model = load(model_folder("llama"), quantization_config=config)
+    first, second = model.model.layers
+    assert type(first.self_attn.o_proj) is torch.nn.Linear
+    assert first.mlp.up_proj.spec.bits == 3
+    assert second.mlp.up_proj.spec.bits == second.self_attn.o_proj.spec.bits == 4
+    model.save_pretrained(tmp_path / "saved")
+    open_checkpoint(tmp_path / "saved").verify()
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
 def test_settings_as_a_dictionary_and_another_dtype(model_folder: Folder) -> None:
     settings = {"quant_method": "neuqi", "bits": 3, "group_size": 32}
     model = load(model_folder("qwen3"), quantization_config=settings, dtype=torch.bfloat16)

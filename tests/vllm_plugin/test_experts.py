@@ -87,11 +87,8 @@ class Answers:
     reports: tuple[dict[str, Any], dict[str, Any]]
 
 
-def overrides(family: str, **more: Any) -> dict[str, Any]:
+def overrides(**more: Any) -> dict[str, Any]:
     settings = {"quant_method": "neuqi", "bits": SPEC.bits, "group_size": SPEC.group_size, "online": True}
-    if family == "mixtral":
-        # vLLM's class does not tell its embedding how it is quantized.
-        settings |= {"lm_head_bits": 16, "embedding_bits": 16}
     return {"hf_overrides": {"quantization_config": settings | more}}
 
 
@@ -130,7 +127,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
         quantize_checkpoint(model, packed, QuantizationSettings(SPEC, importance=importance))
         results, reports = [], []
         more = {} if importance is None else {"importance": str(importance)}
-        for path, options in ((model, overrides(family, **more)), (packed, {})):
+        for path, options in ((model, overrides(**more)), (packed, {})):
             with engine(path, dtype="float32", **options) as llm:
                 results.append(generate(llm))
                 reports.append(llm.collective_rpc("neuqi_load_report")[0])
@@ -258,7 +255,7 @@ def test_a_layers_unquantized_experts_never_exist_together(
     before = anonymous_bytes()
     watcher.start()
     try:
-        with engine(many_experts, **overrides("qwen3_moe", preset="fast")) as llm:
+        with engine(many_experts, **overrides(preset="fast")) as llm:
             told = llm.collective_rpc("neuqi_load_report")[0]["weight_bytes"]
             after = anonymous_bytes()
     finally:
@@ -295,7 +292,7 @@ def test_missing_experts_are_noticed(
     tensors = load_file(broken / "model.safetensors")
     del tensors[f"model.layers.1.mlp.experts.5.up_proj.{part}"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    options = overrides("qwen3_moe") if road == "online" else {}
+    options = overrides() if road == "online" else {}
     with (
         pytest.raises(Exception, match=rf"24 part.*'{part}' .*1 did not come.*w3 of.*expert 5"),
         engine(broken, **options),
@@ -305,7 +302,7 @@ def test_missing_experts_are_noticed(
 
 def test_weights_can_be_loaded_again(answers: Callable[[str], Answers], engine: Callable[..., Any]) -> None:
     found = answers("qwen3_moe")
-    with engine(found.model, dtype="float32", **overrides("qwen3_moe")) as llm:
+    with engine(found.model, dtype="float32", **overrides()) as llm:
         addresses = llm.apply_model(expert_addresses)
         llm.collective_rpc("reload_weights")
         assert llm.apply_model(expert_addresses) == addresses
@@ -320,7 +317,7 @@ def test_two_ranks_share_the_experts_or_slice_each(answers: Callable[[str], Answ
     """Two processes: slices of every expert on the fly, then whole experts shared out, packed."""
     found, ranks = answers("qwen3_moe"), {"tensor_parallel_size": 2, "dtype": "float32"}
     cases = [
-        {"model": str(found.model), "options": {**ranks, **overrides("qwen3_moe")}},
+        {"model": str(found.model), "options": {**ranks, **overrides()}},
         {"model": str(found.packed), "options": {**ranks, "enable_expert_parallel": True}},
     ]
     results = run_ranks(cases, tmp_path)
