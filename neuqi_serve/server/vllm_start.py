@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
 
     command = ServeSubcommand()
     command.validate(args)
-    with _engine_processes(processes):
+    with _engine_processes(processes), _own_termination():
         try:
             command.cmd(args)
         except NeuqiError:
@@ -131,6 +132,29 @@ def _message(error: Exception) -> str:
     if callable(details):
         return "; ".join(str(detail.get("msg", detail)) for detail in details())
     return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep our handler of SIGTERM while the engine starts: the exception that vLLM's raises there gets lost."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    original = entry.signal
+    entry.signal = _Signals()
+    try:
+        yield
+    finally:
+        entry.signal = original
+
+
+class _Signals:
+    """Stands in for the module ``signal`` where vLLM would replace the handler."""
+
+    def signal(self, number: int, handler: Any) -> None:
+        """Leave the handler as it is."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(signal, name)
 
 
 @contextlib.contextmanager
