@@ -1,4 +1,4 @@
-"""The page at ``/``: one static file, served with a content security policy that allows its own script and nothing else."""
+"""The page at ``/``: one static file, with a content security policy that allows its own script and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def attach_page(app: Any) -> None:
 
 
 def page_headers(content: bytes) -> dict[str, str]:
-    """Return the headers for a page with this ``content``: scripts and styles run by their hash, all else is refused."""
+    """Return the headers for a page of this ``content``: scripts and styles run by their hash, all else is refused."""
     policy = {
         "default-src": "'none'",
         "script-src": _hashes(content, "script"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from neuqi_serve.config import WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
 from neuqi_serve.format.quantization_config import QUANT_METHOD, QuantizationRecipe
+from neuqi_serve.pipeline.families import ties_vocabulary
 
 DEMO = "demo"
 CONFIG_NAME = "config.json"
@@ -48,7 +49,7 @@ class ServedModel:
     @property
     def is_tied(self) -> bool:
         """Whether the configuration says that output head and embedding are one tensor."""
-        return bool(self.text_config.get("tie_word_embeddings"))
+        return ties_vocabulary(self.text_config)
 
     @property
     def served_name(self) -> str | None:
@@ -83,7 +84,16 @@ def find_model(name: str, revision: str | None = None) -> ServedModel:
     folder = local_folder(name)
     if folder is not None:
         return _from_folder(name, folder)
-    return _classify(name, name, _read_config(_hub_config(name, revision)))
+    return _classify(name, name, find_config(name, revision))
+
+
+def find_config(name: str, revision: str | None = None) -> Mapping[str, Any]:
+    """Return the ``config.json`` of a name on the Hugging Face hub; no weights are fetched.
+
+    Raises:
+        UnsupportedModelError: the hub has no such model, or cannot be reached.
+    """
+    return _read_config(_hub_config(name, revision))
 
 
 def _from_folder(name: str, folder: Path) -> ServedModel:
@@ -152,19 +162,12 @@ def check_on_the_fly(model: ServedModel, spec: WeightSpec) -> None:
 
     Raises:
         UsageError: the group size divides neither the hidden nor the intermediate size.
-        UnsupportedModelError: a mixture of experts.
     """
     config = model.text_config
-    experts = next(
-        (k for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None
-    )
-    if experts:
-        raise UnsupportedModelError(
-            f"expected a dense model, got {model.name} with {experts} = {config[experts]}: experts cannot be "
-            "quantized while they load yet. Serve it unquantized with --no-quantize."
-        )
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    sizes = {key: config.get(key) for key in ("hidden_size", "intermediate_size")}
+    # Where experts have a size of their own, no layer may have the other.
+    wide = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+    sizes = {key: config.get(key) for key in ("hidden_size", wide, "shared_expert_intermediate_size")}
     if isinstance(heads, int) and isinstance(head_dim, int):
         sizes["num_attention_heads·head_dim"] = heads * head_dim
     for key, size in sizes.items():

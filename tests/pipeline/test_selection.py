@@ -9,6 +9,7 @@ import torch
 from neuqi_serve.config import DEFAULT_SKIP, VocabularyBits, WeightSpec
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.source import open_source
+from neuqi_serve.pipeline.families import ties_vocabulary
 from neuqi_serve.pipeline.selection import Selection, natural_order, select_modules
 
 LINEAR = {
@@ -154,3 +155,20 @@ def test_weight_that_is_not_floating_point_is_an_error(write_llama: Callable[...
     weight = torch.ones(64, 64, dtype=torch.int8)
     with pytest.raises(UnsupportedModelError, match=r"q_proj\.weight in one of"):
         select(write_llama(tensors={"model.layers.1.self_attn.q_proj.weight": weight}))
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"architectures": ["Gemma3ForCausalLM"]}, True),
+        ({"architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": False}, False),
+        ({"architectures": ["OPTForCausalLM"]}, True),
+        ({"architectures": ["LlamaForCausalLM"]}, False),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}, True),
+        ({}, False),
+    ],
+)
+def test_what_a_configuration_leaves_out_is_the_default_of_its_class(
+    config: dict[str, object], tied: bool
+) -> None:
+    assert ties_vocabulary(config) is tied
