@@ -1,7 +1,8 @@
-"""Cut the schema of a custom resource out of its published definition: ``python vendor.py CRD.yaml VERSION SOURCE COMMIT``.
+"""Cut the schema of a custom resource out of its published definition.
 
-Writes ``<kind>.json`` beside this file. Descriptions go; so do the schemas of pods inside (they are checked as pods, with
-the schemas of core Kubernetes); objects take no keys that they do not name, as the API server prunes them.
+``python vendor.py CRD.yaml VERSION SOURCE COMMIT`` writes ``<kind>.json`` beside this file. Descriptions go; so do the
+schemas of pods inside (they are checked as pods, with the schemas of core Kubernetes); objects take no keys that they
+do not name, as the API server prunes them.
 """
 
 from __future__ import annotations

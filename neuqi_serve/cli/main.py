@@ -20,6 +20,7 @@ VERBS = {
         "measure how much each input of a model's layers matters, on a text",
     ),
     "plan": ("neuqi_serve.cli.plan", "say what a model will need, and whether it fits, from its config.json"),
+    "k8s": ("neuqi_serve.cli.k8s", "write Kubernetes manifests for one model"),
     "doctor": ("neuqi_serve.cli.doctor", "say what keeps the server from running well here"),
     "cache": ("neuqi_serve.cli.cache", "list, remove or verify what starts of the server have packed"),
     "inspect": (

@@ -22,7 +22,7 @@ Render = Callable[[str], tuple[dict[str, Any], ...]]
 
 
 def _tool(name: str) -> str:
-    """Path of a checking tool; a test is skipped without it, and fails where NEUQI_REQUIRE_TOOLS says that it is there."""
+    """Path of a checking tool; without it a test is skipped, or fails with NEUQI_REQUIRE_TOOLS."""
     own = Path(sys.prefix) / "deploy/bin" / name
     found = str(own) if own.exists() else shutil.which(name)
     if found is None:
