@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -104,7 +104,7 @@ def quantize_with_text(
     model_dir: Path,
     output: Path,
     recipe: CalibrationRecipe,
-    calibration_tokens: Tensor,
+    calibration_tokens: Tensor | Sequence[Tensor],
     *,
     device: str = "cpu",
     overwrite: bool = False,
@@ -112,7 +112,8 @@ def quantize_with_text(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress_stream: TextIO | None = None,
 ) -> CalibrationRun:
-    """Pack the model in ``model_dir`` into the new folder ``output``, calibrated on token ids int64 ``[S, T]``.
+    """Pack the model in ``model_dir`` into the new folder ``output``, calibrated on token ids int64 ``[S, T]``
+    or sequences ``[T]`` of different lengths.
 
     Call it from Python with tokens of your own::
 
@@ -138,21 +139,22 @@ def quantize_with_text(
     check_apart(model_dir, output)
     check_destination(output, overwrite, is_packed_folder)
     source = open_source(model_dir)
-    _check_tokens(calibration_tokens, source.config)
+    sequences = list(calibration_tokens)
+    _check_tokens(sequences, source.config)
     if recipe.rotate:
         source = rotated_source(source, recipe.seed)
     selection = select_modules(source, recipe.spec, recipe.vocabulary)
-    journal = Journal(output, _identity(source, recipe, calibration_tokens, device), restart)
+    journal = Journal(output, _identity(source, recipe, sequences, device), restart)
     try:
         resumed = journal.finished
         count = _Calibration(source, selection, recipe, torch.device(device), journal).run(
-            calibration_tokens, progress_stream
+            sequences, progress_stream
         )
         pack = _packed_blocks(journal, count, recipe)
         made = {
             "preset": recipe.rounding.preset,
             "importance": "none",
-            "calibration": {**recipe.describe(), **_tokens_identity(calibration_tokens)},
+            "calibration": {**recipe.describe(), **_tokens_identity(sequences)},
         }
         manifest = write_packed(source, selection, output, settings, pack, made, progress_stream)
         journal.discard()
@@ -197,14 +199,13 @@ class _Calibration:
         ]
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, stream: TextIO | None) -> int:
+    def run(self, sequences: Sequence[Tensor], stream: TextIO | None) -> int:
         """Quantize the blocks that are not finished; return how many there are."""
         names = self._model.names
         first = self._journal.finished
         if first == len(names):
             return first
-        batch = max(1, BATCH_TOKENS // tokens.shape[1])
-        hidden, calls = self._model.embed(list(torch.split(tokens, batch)))
+        hidden, calls = self._model.embed(batches(sequences))
         states = States(hidden, list(hidden) if self._recipe.correction > 0 else None)
         if first:
             states = States.from_tensors(self._journal.states())
@@ -280,36 +281,66 @@ def _packed_blocks(journal: Journal, count: int, recipe: CalibrationRecipe) -> A
 
 
 def _identity(
-    source: SourceCheckpoint, recipe: CalibrationRecipe, tokens: Tensor, device: str
+    source: SourceCheckpoint, recipe: CalibrationRecipe, sequences: Sequence[Tensor], device: str
 ) -> dict[str, Any]:
     return {
         "recipe": asdict(recipe),
         "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.shards},
         "config": sha256(repr(sorted(source.config.items())).encode()).hexdigest(),
-        "calibration": _tokens_identity(tokens),
+        "calibration": _tokens_identity(sequences),
         "device": torch.device(device).type,
         "version": [VERSION, ALGORITHM_VERSION],
     }
 
 
-def _tokens_identity(tokens: Tensor) -> dict[str, Any]:
-    content = tokens.to(torch.int64).contiguous().numpy().tobytes()
-    return {"tokens_sha256": sha256(content).hexdigest(), "samples": len(tokens), "context": tokens.shape[1]}
+def rounding_recipe(preset: str, rounding: str, refit: bool, magr: float) -> RoundingRecipe:
+    """The recipe that these options of the command line stand for; without ``refit`` a matrix is rounded once."""
+    if not refit:
+        return RoundingRecipe(preset, rounding, refit=False, magr=magr)
+    return RoundingRecipe(preset, rounding, magr=magr)
 
 
-def _check_tokens(tokens: Tensor, config: Mapping[str, Any]) -> None:
-    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel() or tokens.shape[1] < 2:
+def batches(sequences: Sequence[Tensor], most: int = BATCH_TOKENS) -> list[Tensor]:
+    """Token ids ``[B, T]`` of about ``most`` tokens: sequences of one length together, the short ones first."""
+    by_length: dict[int, list[Tensor]] = {}
+    for sequence in sorted(sequences, key=len):
+        by_length.setdefault(len(sequence), []).append(sequence)
+    return [
+        part
+        for length, group in by_length.items()
+        for part in torch.split(torch.stack(group), max(1, most // length))
+    ]
+
+
+def _tokens_identity(sequences: Sequence[Tensor]) -> dict[str, Any]:
+    digest = sha256()
+    for sequence in sequences:
+        digest.update(len(sequence).to_bytes(8, "little"))
+        digest.update(sequence.to(torch.int64).contiguous().numpy().tobytes())
+    return {
+        "tokens_sha256": digest.hexdigest(),
+        "sequences": len(sequences),
+        "tokens": sum(map(len, sequences)),
+    }
+
+
+def _check_tokens(sequences: Sequence[Tensor], config: Mapping[str, Any]) -> None:
+    shapes = {(one.ndim, one.is_floating_point(), len(one) > 1) for one in sequences if one.ndim}
+    if shapes != {(1, False, True)}:
         raise UsageError(
-            f"expected calibration tokens int64 [S, T] with T of at least 2, got {tokens.dtype} {list(tokens.shape)}."
+            "expected calibration tokens int64 [S, T], or sequences [T], of at least 2 tokens each, got "
+            f"{len(sequences)} sequences that are not all so."
         )
     vocabulary, most = config.get("vocab_size"), config.get("max_position_embeddings")
-    if isinstance(vocabulary, int) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
+    low, high = min(int(one.min()) for one in sequences), max(int(one.max()) for one in sequences)
+    if isinstance(vocabulary, int) and (low < 0 or high >= vocabulary):
         raise UsageError(
-            f"expected token ids from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}. "
+            f"expected token ids from 0 to {vocabulary - 1}, got {low} to {high}. "
             "Tokenize with the tokenizer of this model."
         )
-    if isinstance(most, int) and tokens.shape[1] > most:
+    longest = max(map(len, sequences))
+    if isinstance(most, int) and longest > most:
         raise UsageError(
-            f"expected windows of at most {most} tokens, the model's context, got {tokens.shape[1]}. "
+            f"expected windows of at most {most} tokens, the model's context, got {longest}. "
             f"Choose --context {most} or less."
         )
