@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[tuple[str, str, list[str]], ...]] = {
 # Other names of the same architectures.
 ARCHITECTURES = {"AMD64": "x86_64", "arm64": "aarch64"}
 COMMON = ("entry.cpp", "gather.cpp", "repack.cpp", "team.cpp", "gemm_portable.cpp")
-COMMON_EXACT = ("quantize_entry.cpp", "quantize_portable.cpp")
+COMMON_EXACT = ("gated.cpp", "quantize_entry.cpp", "quantize_portable.cpp")
 # Vector types and conversions between them: GCC 9, Clang 10.
 PROBE = """
 typedef int I __attribute__((vector_size(16)));

@@ -76,6 +76,15 @@ DEFAULT_SKIP = ("gate", "router", "shared_expert_gate")
 
 LM_HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
+# Architectures whose class in vLLM takes no packed output head or no packed embedding: both stay as they are.
+PLAIN_VOCABULARY = (
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "GPTNeoXForCausalLM",
+    "MixtralForCausalLM",
+    "OPTForCausalLM",
+    "PhiForCausalLM",
+)
 # Bits of the output head and of the token embedding; 16 leaves the weight in the checkpoint's own precision.
 UNQUANTIZED_BITS = 16
 VOCABULARY_BITS = (UNQUANTIZED_BITS, 8, 4)
@@ -100,6 +109,22 @@ class VocabularyBits:
                 raise UsageError(
                     f"{name} must be one of {VOCABULARY_BITS} (16 leaves it unquantized), got {bits!r}. Try 8."
                 )
+
+    def supported_by(self, architecture: str) -> VocabularyBits:
+        """Return these widths, or 16 where vLLM's class of the model cannot run a packed head and embedding.
+
+        Raises:
+            UsageError: another width was asked for there.
+        """
+        if architecture not in PLAIN_VOCABULARY:
+            return self
+        for name, bits in ((LM_HEAD, self.lm_head), (EMBEDDING, self.embedding)):
+            if bits not in (None, UNQUANTIZED_BITS):
+                raise UsageError(
+                    f"expected 16 bits for {name} of {architecture}, whose class in vLLM takes no packed vocabulary, "
+                    f"got {bits}. Leave the option out."
+                )
+        return VocabularyBits(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
 
     def resolved(self, tied: bool) -> tuple[int, int]:
         """Return the bits of head and embedding; ``tied``: the two are one tensor, and so have one width.

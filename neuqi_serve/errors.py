@@ -7,7 +7,8 @@
     ├── DoesNotFitError        3   the model does not fit into the memory there is
     ├── UnsupportedModelError  4   no model there, or one that we cannot quantize or serve
     ├── IntegrityError         5   a checkpoint is damaged, incomplete or of an unknown format version
-    └── PortInUseError         6   the address to listen on is taken
+    ├── PortInUseError         6   the address to listen on is taken
+    └── KernelError            7   a kernel computes something else than its definition
 
 Every message says what was expected, what came, and what to do. The command line prints the message without a
 traceback and exits with ``exit_code``; the numbers are part of the interface and do not change.
@@ -48,3 +49,9 @@ class PortInUseError(NeuqiError):
     """The address to listen on is taken by another process."""
 
     exit_code = 6
+
+
+class KernelError(NeuqiError):
+    """A kernel computes something else than its definition on this machine."""
+
+    exit_code = 7

@@ -38,3 +38,12 @@ def test_a_limit_that_is_no_size(monkeypatch: pytest.MonkeyPatch, value: str) ->
     monkeypatch.setenv("NEUQI_CACHE_MAX_GIB", value)
     with pytest.raises(UsageError, match="NEUQI_CACHE_MAX_GIB must be a number of GiB"):
         read_environment()
+
+
+def test_settings_of_the_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUQI_BITS", "3")
+    monkeypatch.setenv("NEUQI_PRESET", "fast")
+    assert read_environment().quantization == {"bits": 3, "preset": "fast"}
+    monkeypatch.setenv("NEUQI_GROUP_SIZE", "many")
+    with pytest.raises(UsageError, match="NEUQI_GROUP_SIZE must be a whole number, got 'many'"):
+        read_environment()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuqi_kernels import dispatch, moe
+from neuqi_kernels import dispatch, experts, moe
 from neuqi_kernels.backend import Backend
 
 _GEMM_SCHEMA = (
@@ -15,6 +15,11 @@ _MOE_SCHEMA = (
     "moe_gemm(Tensor x, Tensor qweight, Tensor scale, Tensor zero, Tensor? bias, Tensor? topk_weights, "
     "Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded, "
     "int n, int top_k, int block_size, int bits, int group_size, str backend) -> Tensor"
+)
+_EXPERTS_SCHEMA = (
+    "experts(Tensor x, Tensor w13_qweight, Tensor w13_scale, Tensor w13_zero, Tensor w2_qweight, Tensor w2_scale, "
+    "Tensor w2_zero, Tensor? w13_bias, Tensor? w2_bias, Tensor topk_weights, Tensor topk_ids, int intermediate, "
+    "int w13_bits, int w13_group_size, int w2_bits, int w2_group_size, str activation, str backend) -> Tensor"
 )
 _EMBEDDING_SCHEMA = (
     "embedding(Tensor ids, Tensor qweight, Tensor scale, Tensor zero, "
@@ -112,6 +117,52 @@ def _moe_gemm_fake(
     return x.new_empty((x.shape[0] * top_k, n))
 
 
+def _experts(
+    x: torch.Tensor,
+    w13_qweight: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w13_zero: torch.Tensor,
+    w2_qweight: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w2_zero: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    intermediate: int,
+    w13_bits: int,
+    w13_group_size: int,
+    w2_bits: int,
+    w2_group_size: int,
+    activation: str,
+    backend: str,
+) -> torch.Tensor:
+    found = experts.find(backend)
+    if isinstance(found, str):
+        raise ValueError(
+            f"expected a usable backend, got {backend!r}, which is {found}. Choose with experts.choose."
+        )
+    return found.run(
+        x,
+        (w13_qweight, w13_scale, w13_zero),
+        (w2_qweight, w2_scale, w2_zero),
+        w13_bias,
+        w2_bias,
+        topk_weights,
+        topk_ids,
+        intermediate,
+        w13_bits,
+        w13_group_size,
+        w2_bits,
+        w2_group_size,
+        activation,
+    )
+
+
+def _experts_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def _embedding(
     ids: torch.Tensor,
     qweight: torch.Tensor,
@@ -157,7 +208,10 @@ def register() -> None:
     ``gemm``: ``x [..., K]`` → ``[..., n]`` in the dtype of ``x``. ``embedding``: rows ``ids [...]`` → ``[..., k]`` in
     ``dtype``. ``qweight, scale, zero`` are as the backend called ``backend`` of ``dispatch`` prepared them.
     ``moe_gemm``: ``x [tokens, K]`` → ``[tokens·top_k, n]``, see ``moe_reference.moe_gemm``; ``backend`` is one of
-    ``moe``. ``Library.impl`` with a plain function costs about 2 µs a call, the ``custom_op`` decorator 130.
+    ``moe``. ``experts``: ``x [tokens, H]`` → the same shape, a whole layer of experts, see
+    ``experts_reference.experts``; ``backend`` is one of ``experts``.
+
+    ``Library.impl`` with a plain function costs about 2 µs a call, the ``custom_op`` decorator 130.
     """
     global _LIBRARY
     if _LIBRARY is not None:
@@ -166,6 +220,7 @@ def register() -> None:
     for name, schema, function, fake in (
         ("gemm", _GEMM_SCHEMA, _gemm, _gemm_fake),
         ("embedding", _EMBEDDING_SCHEMA, _embedding, _embedding_fake),
+        ("experts", _EXPERTS_SCHEMA, _experts, _experts_fake),
         ("moe_gemm", _MOE_SCHEMA, _moe_gemm, _moe_gemm_fake),
     ):
         library.define(schema)  # type: ignore[no-untyped-call]

@@ -41,7 +41,7 @@ def cache_key(
     """Compute the key of packing ``source``; ``records``: folder of known file digests.
 
     What goes in: the content of every file that is read or copied, by name; bits, groups, exceptions and what stays;
-    preset, device and importance; the versions of the algorithm, of the format and of this package.
+    preset, device, importance and budget; the versions of the algorithm, of the format and of this package.
     """
     named = [path for path in (source.path / CONFIG_NAME, source.path / INDEX_NAME) if path.exists()]
     files = digest_files([*source.shards, *named, *other_files(source.path)], records)
@@ -55,5 +55,8 @@ def cache_key(
         "shard_bytes": settings.shard_bytes,
         "versions": {"algorithm": ALGORITHM_VERSION, "format": FORMAT_VERSION, "package": VERSION},
     }
+    if settings.budget is not None:
+        # The recipe is then the one from which widths are chosen, not the one chosen.
+        parts["budget"] = settings.budget
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return CacheKey(digest, {path: state for path, (_, state) in files.items()})

@@ -8,17 +8,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from neuqi_serve.budget.budget import Budget
+from neuqi_serve.budget.plan import (
+    DEFAULT_SENSITIVITY,
+    budget_bytes,
+    budget_options,
+    fitting_selection,
+    plan_budget,
+)
 from neuqi_serve.cache.key import CacheKey, cache_key
 from neuqi_serve.cache.store import Cache
+from neuqi_serve.config import SUPPORTED_GROUP_SIZES
 from neuqi_serve.errors import IntegrityError
-from neuqi_serve.format.source import SourceCheckpoint, open_source
+from neuqi_serve.format.source import open_source
 from neuqi_serve.pipeline.quantize_checkpoint import (
     QuantizationSettings,
     other_files,
     plan_tensors,
     quantize_checkpoint,
 )
-from neuqi_serve.pipeline.selection import Selection, select_modules
+from neuqi_serve.pipeline.selection import select_modules
+
+
+@dataclass(frozen=True)
+class WantedWidths:
+    """A budget, and the group sizes among which layers may choose."""
+
+    budget: Budget
+    group_sizes: tuple[int, ...] = SUPPORTED_GROUP_SIZES
 
 
 @dataclass(frozen=True)
@@ -36,11 +53,12 @@ def prepare(
     cache: Cache,
     tell: Callable[[str], None],
     stream: TextIO | None = None,
+    wanted: WantedWidths | None = None,
 ) -> Prepared:
     """Return the entry of an unquantized model, read and found to be whole, or packed just now.
 
     Of several processes that ask for the same entry at once, one makes it and the others wait. ``tell`` receives what
-    a user should know, ``stream`` the progress of packing.
+    a user should know, ``stream`` the progress of packing. ``wanted``: widths are chosen under a budget.
 
     Raises:
         UnsupportedModelError: a model that cannot be packed.
@@ -51,14 +69,27 @@ def prepare(
     """
     started = time.monotonic()
     source = open_source(folder)
-    selection = select_modules(source, settings.spec, settings.vocabulary)
+    if wanted is None:
+        selection = select_modules(source, settings.spec, settings.vocabulary)
+        nbytes = sum(spec.nbytes for spec in plan_tensors(source, selection).values())
+    else:
+        selection = fitting_selection(source, settings, wanted.group_sizes)
+        nbytes = budget_bytes(source, selection, wanted.budget)
+        options = budget_options(wanted.budget, DEFAULT_SENSITIVITY, wanted.group_sizes)
+        settings = replace(settings, budget=options)
     key = cache_key(source, selection, settings, cache.digests)
     if _is_whole(cache, key, tell):
         return Prepared(key.digest, True, time.monotonic() - started)
     with cache.lock_build(key.digest, lambda: tell("another process packs this model: waiting for it")):
         found = _is_whole(cache, key, lambda _: None)
         if not found:
-            cache.make_room(_planned_bytes(source, selection))
+            cache.make_room(nbytes + sum(path.stat().st_size for path in other_files(source.path)))
+            if wanted is not None:
+                plan = plan_budget(
+                    folder, settings, wanted.budget, stream=stream, group_sizes=wanted.group_sizes
+                )
+                tell("; ".join(plan.lines()))
+                settings = plan.settings
             _pack(folder, key, settings, cache, stream)
     return Prepared(key.digest, found, time.monotonic() - started)
 
@@ -71,11 +102,6 @@ def _is_whole(cache: Cache, key: CacheKey, tell: Callable[[str], None]) -> bool:
     if damage is not None:
         tell(f"the cache entry is damaged and is made anew: {damage}")
     return damage is None
-
-
-def _planned_bytes(source: SourceCheckpoint, selection: Selection) -> int:
-    tensors = sum(spec.nbytes for spec in plan_tensors(source, selection).values())
-    return tensors + sum(path.stat().st_size for path in other_files(source.path))
 
 
 def _pack(

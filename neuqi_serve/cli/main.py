@@ -19,7 +19,13 @@ VERBS = {
         "neuqi_serve.cli.importance",
         "measure how much each input of a model's layers matters, on a text",
     ),
+    "distill": (
+        "neuqi_serve.cli.distill",
+        "train scales, zero-points and norms of a packed model towards its original",
+    ),
     "plan": ("neuqi_serve.cli.plan", "say what a model will need, and whether it fits, from its config.json"),
+    "eval": ("neuqi_serve.cli.eval", "measure a quantized model against the original"),
+    "doctor": ("neuqi_serve.cli.doctor", "say what keeps the server from running well here"),
     "cache": ("neuqi_serve.cli.cache", "list, remove or verify what starts of the server have packed"),
     "inspect": (
         "neuqi_serve.cli.inspect",
@@ -27,7 +33,8 @@ VERBS = {
     ),
     "bench": ("neuqi_serve.cli.bench", "time the GPU kernels, and tune them for the GPU at hand"),
 }
-_EPILOG = """exit codes: 0 ok, 1 other error, 2 usage, 3 does not fit, 4 unsupported model, 5 integrity, 6 port in use
+_EPILOG = """exit codes: 0 ok, 1 other error, 2 usage, 3 does not fit, 4 unsupported model, 5 integrity, 6 port in use,
+7 wrong kernel
 
 NEUQI_TRACEBACK=1 shows where an error comes from."""
 

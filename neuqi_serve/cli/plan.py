@@ -15,9 +15,10 @@ from neuqi_serve.config import (
 )
 from neuqi_serve.errors import DoesNotFitError, UsageError
 
-_DESCRIPTION = """Say what a model will need: bytes of its weights at 4, 3 and 2 bits, of its KV cache, of all of it
-together; whether that fits; the speed that the memory allows; and the command to run. Only config.json is read:
-MODEL is a folder, a config.json, or a name on the hub. The exit code is 3 if nothing fits."""
+_DESCRIPTION = """Say what a model will need: bytes of its weights at 4, 3 and 2 bits, of its KV
+cache, of all of it together; whether that fits; the speed that the memory
+allows; and the command to run. Only config.json is read: MODEL is a folder, a
+config.json, or a name on the hub. The exit code is 3 if nothing fits."""
 _EPILOG = """examples:
   neuqi plan meta-llama/Llama-3.1-8B-Instruct --device rtx-3060 --context 16384
   neuqi plan ./model --fit 8GiB --bits 3 --concurrency 4

@@ -10,13 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from neuqi_serve.budget.budget import budget_of, parse_bits
 from neuqi_serve.config import (
     DEFAULT_EMBEDDING_BITS,
     DEFAULT_LM_HEAD_BITS,
     DEFAULT_PRESET,
     PRESETS,
     SCALE_DTYPES,
-    SUPPORTED_BITS,
     SUPPORTED_GROUP_SIZES,
     VOCABULARY_BITS,
     VocabularyBits,
@@ -49,17 +49,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     precision = parser.add_argument_group("precision")
     precision.add_argument(
         "--bits",
-        type=int,
-        choices=SUPPORTED_BITS,
-        default=default.bits,
-        help="bits per code (default: %(default)s)",
+        type=parse_bits,
+        help=f"bits per code; a decimal number, e.g. 2.5, chooses the best widths of the same size (default: "
+        f"{default.bits})",
+    )
+    precision.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="the most that all weights may take, e.g. 8GiB: chooses the best widths that fit, in place of --bits",
     )
     precision.add_argument(
         "--group-size",
         type=int,
         choices=SUPPORTED_GROUP_SIZES,
-        default=default.group_size,
-        help="weights that share a scale and a zero-point, -1 for the whole row (default: %(default)s)",
+        help="weights that share a scale and a zero-point, -1 for the whole row (default: "
+        f"{default.group_size}; under a budget the best of all sizes for each layer)",
     )
     precision.add_argument(
         "--scale-dtype",
@@ -99,6 +103,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="mean squares of the layers' inputs: an importance matrix of llama.cpp, or what `neuqi importance` wrote",
     )
+    search.add_argument(
+        "--sensitivity",
+        choices=("divergence", "weights"),
+        default="divergence",
+        help="what widths are chosen by: how far the model's answers move, on text that it writes itself; or only the "
+        "weights' own errors, one weight in memory at a time (default: %(default)s)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace the packed checkpoint at OUT")
     output.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -106,7 +117,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the summary."""
-    spec = WeightSpec(args.bits, args.group_size, args.scale_dtype)
+    budget = budget_of(args.bits, args.fit)
+    default = WeightSpec()
+    bits = args.bits if isinstance(args.bits, int) else default.bits
+    spec = WeightSpec(bits, args.group_size or default.group_size, args.scale_dtype)
     # A container runtime stops with SIGTERM: leave through the same clean-up as an interrupt.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -125,6 +139,14 @@ def run(args: argparse.Namespace) -> int:
             importance=args.importance,
             vocabulary=VocabularyBits(args.lm_head_bits, args.embedding_bits),
         )
+        if budget is not None:
+            from neuqi_serve.budget.plan import plan_budget
+
+            sizes = SUPPORTED_GROUP_SIZES if args.group_size is None else (args.group_size,)
+            model = _source_path(args.model_dir)
+            plan = plan_budget(model, settings, budget, args.sensitivity, sys.stderr, sizes)
+            settings = plan.settings
+            print("\n".join(plan.lines()), file=sys.stderr)
         summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, previous)

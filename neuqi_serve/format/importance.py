@@ -25,7 +25,7 @@ from neuqi_serve.format.manifest import hash_file
 SIDECAR_FORMAT, SIDECAR_VERSION = "neuqi-importance", "1"
 # Layers of a block that read the same input have the same importance. An engine fuses them into one layer, which has
 # one input: were they to differ, a model packed ahead of time and one quantized while it loads would differ too.
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from neuqi_serve.config import (
@@ -36,9 +38,26 @@ _ONLINE_KEYS = ("preset",)
 _VOCABULARY_KEYS = ("lm_head_bits", "embedding_bits")
 
 
+# Before a name that is a regular expression. In settings only: a packed checkpoint names its modules.
+REGEX_PREFIX = "re:"
+
+
 def is_name_of(name: str, module: str) -> bool:
-    """Whether ``name`` is the module's full name or its trailing components (``gate``, not ``gate_proj``)."""
+    """Whether ``name`` is the module's full name or its trailing components (``gate``, not ``gate_proj``).
+
+    ``re:EXPRESSION`` names the modules in whose full names the regular expression is found.
+    """
+    if name.startswith(REGEX_PREFIX):
+        return re.search(name.removeprefix(REGEX_PREFIX), module) is not None
     return module == name or module.endswith("." + name)
+
+
+def trailing_names(module: str) -> list[str]:
+    """Return the names that :func:`is_name_of` takes for the module, expressions aside: ``a.b.c``, ``b.c``, ``c``."""
+    names = [module]
+    while "." in names[-1]:
+        names.append(names[-1].partition(".")[2])
+    return names
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,8 @@ class QuantizationRecipe:
 
     ``spec``: the default for linear layers. ``modules``: exceptions by name; an output head or embedding is quantized
     only if it is named here. ``modules_to_not_convert``: names of what stays. A name is a full module name or its
-    trailing components (FORMAT.md, section 2). ``preset``: how thorough the search is while loading; a packed
+    trailing components (FORMAT.md, section 2); in settings for quantizing while loading it may be ``re:`` and a regular
+    expression. ``preset``: how thorough the search is while loading; a packed
     checkpoint does not carry it.
     """
 
@@ -71,12 +91,17 @@ class QuantizationRecipe:
 
     @classmethod
     def for_online(
-        cls, settings: Mapping[str, Any], where: str = "neuqi settings", tied: bool = False
+        cls,
+        settings: Mapping[str, Any],
+        where: str = "neuqi settings",
+        tied: bool = False,
+        architecture: str = "",
     ) -> QuantizationRecipe:
         """Parse settings for quantizing while loading; absent keys take their defaults.
 
         Beside the keys of a packed checkpoint, ``lm_head_bits`` and ``embedding_bits`` (16, 8 or 4) set the width of
-        output head and embedding. ``tied``: the model has one tensor for both.
+        output head and embedding. ``tied``: the model has one tensor for both. ``architecture``: the model's, where it
+        is known; some take no packed vocabulary.
 
         Raises:
             UsageError: an unknown key, another method, or a value outside the supported set.
@@ -93,7 +118,9 @@ class QuantizationRecipe:
             raise UsageError(
                 f"{where}: expected a preset among {PRESETS}, got {preset!r}. Try {DEFAULT_PRESET}."
             )
-        vocabulary = VocabularyBits(*(settings.get(key) for key in _VOCABULARY_KEYS))
+        vocabulary = VocabularyBits(*(settings.get(key) for key in _VOCABULARY_KEYS)).supported_by(
+            architecture
+        )
         recipe = replace(_parse(settings, where, UsageError), preset=preset)
         return recipe.with_vocabulary(vocabulary, tied)
 
@@ -153,19 +180,28 @@ class QuantizationRecipe:
 
     def spec_of(self, module: str) -> WeightSpec:
         """Return the spec of the module of this full name: its exception, the first match, or the default."""
+        return self.exception_of(module) or self.spec
+
+    def exception_of(self, module: str) -> WeightSpec | None:
+        """Return what ``modules`` says of the module of this full name: under this name, or the first match."""
         exact = self.modules.get(module)
         if exact is not None:
             return exact
-        return next((spec for name, spec in self.modules.items() if is_name_of(name, module)), self.spec)
+        # A mixture of experts can name its modules by the ten thousand: no search through all of them.
+        places, expressions = self._places
+        found = [places[name] for name in trailing_names(module) if name in places]
+        found += [places[name] for name in expressions if is_name_of(name, module)]
+        return list(self.modules.values())[min(found)] if found else None
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], list[str]]:
+        """Where each name stands in ``modules``, and which names are regular expressions."""
+        places = {name: place for place, name in enumerate(self.modules)}
+        return places, [name for name in places if name.startswith(REGEX_PREFIX)]
 
     def vocabulary_spec(self, module: str) -> WeightSpec | None:
         """Return the spec of the output head or embedding of this full name, None if it stays as it is."""
-        if self.keeps(module):
-            return None
-        exact = self.modules.get(module)
-        if exact is not None:
-            return exact
-        return next((spec for name, spec in self.modules.items() if is_name_of(name, module)), None)
+        return None if self.keeps(module) else self.exception_of(module)
 
     def renamed(
         self,
@@ -173,11 +209,13 @@ class QuantizationRecipe:
         rename_dict: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> QuantizationRecipe:
         """Return the recipe with every name mapped, e.g. by ``apply_list, apply_dict`` of vLLM's mapper."""
-        return replace(
-            self,
-            modules=rename_dict(dict(self.modules)),
-            modules_to_not_convert=tuple(rename_list(list(self.modules_to_not_convert))),
-        )
+        modules: dict[str, WeightSpec] = {}
+        for name, spec in self.modules.items():
+            # An expression stays as it is, and all in their places: the first match holds.
+            modules |= {name: spec} if name.startswith(REGEX_PREFIX) else rename_dict({name: spec})
+        kept = [name for name in self.modules_to_not_convert if not name.startswith(REGEX_PREFIX)]
+        expressions = [name for name in self.modules_to_not_convert if name.startswith(REGEX_PREFIX)]
+        return replace(self, modules=modules, modules_to_not_convert=(*rename_list(kept), *expressions))
 
 
 def check_format(config: Mapping[str, Any], where: str) -> None:
@@ -246,6 +284,7 @@ def _parse(
         place = f"{where}, modules[{name!r}]"
         if not isinstance(entry, Mapping):
             raise error(f"{place}: expected an object with {list(_MODULE_KEYS)}, got {entry!r}. Correct it.")
+        _check_name(name, place, error)
         _check_keys(entry, _MODULE_KEYS if error is IntegrityError else (), _MODULE_KEYS, place, error)
         bits, group_size = entry.get("bits", spec.bits), entry.get("group_size", spec.group_size)
         exceptions[name] = _spec(bits, group_size, scale_dtype, place, error)
@@ -254,7 +293,22 @@ def _parse(
         raise error(
             f'{where}: expected "modules_to_not_convert" to be a list of names, got {kept!r}. Correct it.'
         )
+    for name in kept:
+        _check_name(name, f"{where}, modules_to_not_convert", error)
     return QuantizationRecipe(spec, exceptions, tuple(kept))
+
+
+def _check_name(name: str, where: str, error: type[IntegrityError] | type[UsageError]) -> None:
+    if not name.startswith(REGEX_PREFIX):
+        return
+    if error is IntegrityError:
+        raise error(f"{where}: expected names of modules, got the expression {name!r}. Pack the model again.")
+    try:
+        re.compile(name.removeprefix(REGEX_PREFIX))
+    except re.error as cause:
+        raise error(
+            f"{where}: expected a regular expression after {REGEX_PREFIX!r}, got {name!r}: {cause}. Correct it."
+        ) from None
 
 
 def _spec(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from neuqi_serve.errors import IntegrityError, UnsupportedModelError
+from neuqi_serve.format.fused_experts import unfuse_experts
 from neuqi_serve.format.safetensors_file import StoredTensor, read_header, read_tensor
 
 CONFIG_NAME = "config.json"
@@ -21,7 +22,10 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5")
 
 @dataclass(frozen=True)
 class SourceCheckpoint:
-    """``config``: the parsed ``config.json``. ``tensors``: where each tensor lies. ``shards``: all the files."""
+    """``config``: the parsed ``config.json``. ``tensors``: where each tensor lies, experts one by one.
+
+    ``shards``: all the files.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -73,6 +77,8 @@ def open_source(path: Path) -> SourceCheckpoint:
     tensors = _collect(path, weight_map, shards)
     if not tensors:
         raise IntegrityError(f"expected tensors in {path}, got shards without any. Download the model again.")
+    hidden_size = config.get("hidden_size")
+    tensors = unfuse_experts(tensors, hidden_size if isinstance(hidden_size, int) else None)
     return SourceCheckpoint(path, config, tensors, shards)
 
 

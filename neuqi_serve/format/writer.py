@@ -102,6 +102,10 @@ class CheckpointWriter:
         """Copy a file that holds no tensors, under its own name."""
         shutil.copyfile(path, self._folder / path.name)
 
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a file that holds no tensors."""
+        (self._folder / name).write_bytes(content)
+
     def finish(
         self,
         config: Mapping[str, Any],

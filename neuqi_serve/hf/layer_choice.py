@@ -10,7 +10,8 @@ from torch import nn
 
 from neuqi_serve.config import EMBEDDING, LM_HEAD, UNQUANTIZED_BITS, WHOLE_ROW, WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
-from neuqi_serve.format.quantization_config import QuantizationRecipe
+from neuqi_serve.format.quantization_config import REGEX_PREFIX, QuantizationRecipe
+from neuqi_serve.hf.experts import is_experts, matrices, matrix_names
 from neuqi_serve.hf.layers import PackedMatrix
 from neuqi_serve.pipeline.families import Family, family_of
 
@@ -21,7 +22,8 @@ def checkpoint_name(model: Any, module: str) -> str:
     """Name in a checkpoint of a module of ``model``, which may be the base model of a language model."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     whole = not prefix or hasattr(model, prefix) or module.startswith(f"{prefix}.")
-    return module if whole else f"{prefix}.{module}"
+    name = module if whole else f"{prefix}.{module}"
+    return name.replace(".mlp.", ".block_sparse_moe.") if model.config.model_type == "mixtral" else name
 
 
 def is_tied(model: Any) -> bool:
@@ -39,7 +41,7 @@ def online_recipe(model: Any, settings: Mapping[str, Any]) -> QuantizationRecipe
         UsageError: a value outside the supported set, or a group size that does not divide the rows of a layer.
     """
     family = _family(model)
-    _check_no_experts(model)
+    _check_stacked(model)
     recipe = QuantizationRecipe.for_online(_with_vocabulary(settings, family), "NeuqiConfig", is_tied(model))
     kept = []
     for name, module in model.named_modules():
@@ -51,25 +53,64 @@ def online_recipe(model: Any, settings: Mapping[str, Any]) -> QuantizationRecipe
         spec = recipe.spec_of(full) if in_block else _vocabulary_spec(recipe, module, full)
         if spec is None or weight.shape[1] % 32:
             kept.append(full)
-        elif spec.group_size != WHOLE_ROW and weight.shape[1] % spec.group_size:
-            raise UsageError(
-                f"expected a group size that divides the rows of every layer, got {spec.group_size} and rows of "
-                f"{weight.shape[1]} weights in {full}. Choose another group_size (-1 is the whole row)."
-            )
-    return replace(recipe, modules_to_not_convert=(*recipe.modules_to_not_convert, *kept))
+        else:
+            _check_group(spec, weight.shape[1], full)
+    for name, module in model.named_modules():
+        for matrix, (_, columns) in matrices(module, matrix_names(model)) if is_experts(module) else ():
+            full = checkpoint_name(model, f"{name}.{matrix}")
+            if columns % 32:
+                raise UsageError(
+                    f"expected rows of experts that are a multiple of 32 weights long, got {columns} in {full}. This "
+                    "model cannot be packed."
+                )
+            _check_group(recipe.spec_of(full), columns, full)
+    return _without_expressions(
+        replace(recipe, modules_to_not_convert=(*recipe.modules_to_not_convert, *kept)), model
+    )
+
+
+def _without_expressions(recipe: QuantizationRecipe, model: Any) -> QuantizationRecipe:
+    """Put the names of modules in the place of regular expressions, which a packed checkpoint may not have."""
+    if not any(name.startswith(REGEX_PREFIX) for name in (*recipe.modules, *recipe.modules_to_not_convert)):
+        return recipe
+    names = [
+        checkpoint_name(model, name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    for name, module in model.named_modules():
+        if is_experts(module):
+            names += [
+                checkpoint_name(model, f"{name}.{one}") for one, _ in matrices(module, matrix_names(model))
+            ]
+    kept = [name for name in recipe.modules_to_not_convert if not name.startswith(REGEX_PREFIX)]
+    plain = {name: spec for name, spec in recipe.modules.items() if not name.startswith(REGEX_PREFIX)}
+    without = replace(recipe, modules=plain, modules_to_not_convert=tuple(kept))
+    kept += [name for name in names if recipe.keeps(name) and not without.keeps(name)]
+    found = {name: recipe.exception_of(name) for name in names if not recipe.keeps(name)}
+    # Full names come first in a recipe, as the first expression that matched did.
+    exact = {
+        name: spec for name, spec in found.items() if spec is not None and spec != without.exception_of(name)
+    }
+    return replace(recipe, modules={**exact, **plain}, modules_to_not_convert=tuple(kept))
 
 
 def packed_layers(model: Any, recipe: QuantizationRecipe) -> dict[str, WeightSpec]:
     """Module name → spec of what ``recipe`` packs in ``model``; a tied head is not among them.
 
+    Experts have the names that they have in a checkpoint, ``….experts.3.gate_proj``.
+
     Raises:
-        UnsupportedModelError: experts in stacked tensors.
+        UnsupportedModelError: stacked tensors of another kind than experts.
     """
-    _check_no_experts(model)
+    _check_stacked(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     chosen: dict[str, WeightSpec] = {}
     for name, module in model.named_modules():
         full = checkpoint_name(model, name)
+        if is_experts(module):
+            for matrix, _ in matrices(module, matrix_names(model)):
+                chosen[f"{name}.{matrix}"] = recipe.spec_of(f"{full}.{matrix}")
         if not isinstance(module, nn.Linear | nn.Embedding) or recipe.keeps(full):
             continue
         if module is head and is_tied(model):
@@ -112,11 +153,19 @@ def _with_vocabulary(settings: Mapping[str, Any], family: Family) -> dict[str, A
     return {**settings, **dict.fromkeys(_VOCABULARY_OPTIONS, UNQUANTIZED_BITS)}
 
 
-def _check_no_experts(model: Any) -> None:
-    stacked = [name for name, value in model.named_parameters() if value.ndim > 2]
+def _check_group(spec: WeightSpec, columns: int, name: str) -> None:
+    if spec.group_size != WHOLE_ROW and columns % spec.group_size:
+        raise UsageError(
+            f"expected a group size that divides the rows of every layer, got {spec.group_size} and rows of "
+            f"{columns} weights in {name}. Choose another group_size (-1 is the whole row)."
+        )
+
+
+def _check_stacked(model: Any) -> None:
+    known = {id(value) for module in model.modules() if is_experts(module) for value in module.parameters()}
+    stacked = [name for name, value in model.named_parameters() if value.ndim > 2 and id(value) not in known]
     if stacked:
         raise UnsupportedModelError(
-            f"expected a model made of linear layers, got stacked weights such as {stacked[0]}: transformers keeps the "
-            "experts of a layer in one tensor, which this integration does not pack. Choose a dense model, or serve "
-            "this one with `neuqi serve`."
+            f"expected linear layers, and experts as gate_up_proj [E, 2·I, H] and down_proj [E, H, I], got stacked "
+            f"weights such as {stacked[0]}. Choose another model."
         )

@@ -19,6 +19,7 @@ from neuqi_serve.format.quantization_config import QUANT_METHOD
 from neuqi_serve.format.reader import open_checkpoint
 from neuqi_serve.format.safetensors_file import DTYPE_CODES, TensorSpec, read_header
 from neuqi_serve.hf.config import NeuqiConfig
+from neuqi_serve.hf.experts import STACKED, PackedExperts, is_experts, matrices, matrix_names
 from neuqi_serve.hf.layer_choice import (
     checkpoint_name,
     is_tied,
@@ -53,6 +54,7 @@ class NeuqiHfQuantizer(HfQuantizer):
             config.recipe = online_recipe(model, config.settings)
             specs = packed_layers(model, config.recipe)
         dtype = dtype or torch.get_default_dtype()
+        _replace_experts(model, specs, dtype, expect_weight=not self.pre_quantized)
         for name, spec in specs.items():
             _replace(model, name, spec, dtype, expect_weight=not self.pre_quantized)
         _tie(model)
@@ -62,6 +64,8 @@ class NeuqiHfQuantizer(HfQuantizer):
         """Whether this is the weight of a layer that is packed while it is loaded."""
         name, _, part = param_name.rpartition(".")
         module = model.get_submodule(name)
+        if isinstance(module, PackedExperts):
+            return part in STACKED
         return part == "weight" and isinstance(module, PackedMatrix) and module.expects_weight
 
     def get_quantize_ops(self) -> Any:
@@ -69,7 +73,8 @@ class NeuqiHfQuantizer(HfQuantizer):
         return _PackWeight(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, module in packed_modules(model).items():
+        experts = {name: one for name, one in model.named_modules() if isinstance(one, PackedExperts)}
+        for name, module in (experts | packed_modules(model)).items():
             if module.expects_weight or any(buffer.is_meta for buffer in module.buffers()):
                 raise IntegrityError(
                     f"expected {checkpoint_name(model, name)}.weight in the checkpoint, got no such tensor. The "
@@ -81,6 +86,8 @@ class NeuqiHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or torch.get_default_dtype()
+        if any(isinstance(module, PackedExperts) for module in model.modules()):
+            raise UnsupportedModelError("expected a dense model, got experts. Start from the original.")
         for name, module in packed_modules(model).items():
             weight = nn.Parameter(module.dequantized(dtype), requires_grad=False)
             if isinstance(module, PackedLinear):
@@ -118,18 +125,27 @@ class _PackWeight(ConversionOps):
         value = next(iter(input_dict.values()))
         weight = value[0] if isinstance(value, list) else value
         model, full = context["model"], context["full_layer_name"]
-        name = full.rpartition(".")[0]
+        name, _, part = full.rpartition(".")
         module = model.get_submodule(name)
-        importance = self._config.importance
-        mass = (
-            importance.of(checkpoint_name(model, name), module.columns)
-            if importance is not None and isinstance(module, PackedLinear)
-            else None
-        )
-        module.quantize(weight, mass, self._config.recipe.preset)
+        preset = self._config.recipe.preset
+
+        def importance(layer: str, columns: int) -> Tensor | None:
+            found = self._config.importance
+            return None if found is None else found.of(checkpoint_name(model, layer), columns)
+
+        if isinstance(module, PackedExperts):
+            packed = module.quantize(part, weight, lambda one, k: importance(f"{name}.{one}", k), preset)
+            names = [f"{name}.{matrix}" for matrix in packed]
+        else:
+            mass = importance(name, module.columns) if isinstance(module, PackedLinear) else None
+            module.quantize(weight, mass, preset)
+            names = [name]
         missing = context.get("missing_keys")
         if missing is not None:
-            missing.difference_update(f"{name}.{part}" for part in ("weight", "qweight", "scale", "zero"))
+            missing.discard(full)
+            missing.difference_update(
+                f"{one}.{part}" for one in names for part in ("qweight", "scale", "zero")
+            )
         return {}
 
 
@@ -148,8 +164,22 @@ def _plain_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return layer
 
 
+def _replace_experts(
+    model: Any, specs: Mapping[str, WeightSpec], dtype: torch.dtype, expect_weight: bool
+) -> None:
+    names = matrix_names(model)
+    for name, old in [item for item in model.named_modules() if is_experts(item[1])]:
+        own = {matrix: specs[f"{name}.{matrix}"] for matrix, _ in matrices(old, names)}
+        packed = PackedExperts(old, names, own)
+        if expect_weight:
+            packed.expect_weight(old, dtype)
+        model.set_submodule(name, packed)
+
+
 def _replace(model: Any, name: str, spec: WeightSpec, dtype: torch.dtype, expect_weight: bool) -> None:
     old = model.get_submodule(name)
+    if isinstance(old, PackedMatrix):
+        return
     rows, columns = old.weight.shape
     packed: PackedMatrix
     if isinstance(old, nn.Embedding):
@@ -181,6 +211,18 @@ def _tie(model: Any) -> None:
             owner.all_tied_weights_keys = {}
 
 
+def _shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """Name → ``[N, K]`` of all linear layers, embeddings and matrices of experts."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            rows, columns = module.weight.shape
+            shapes[name] = rows, columns
+        elif is_experts(module):
+            shapes |= {f"{name}.{matrix}": shape for matrix, shape in matrices(module, matrix_names(model))}
+    return shapes
+
+
 def _check_files(model: Any, specs: Mapping[str, WeightSpec], files: Sequence[Path]) -> None:
     """Hold the headers of the shards against the recipe; a folder with a manifest is held against that too.
 
@@ -195,8 +237,9 @@ def _check_files(model: Any, specs: Mapping[str, WeightSpec], files: Sequence[Pa
     for file in files:
         found.update({name: stored.spec for name, stored in read_header(file).items()})
     prefix = f"{model.base_model_prefix}."
+    shapes = _shapes(model)
     for name, spec in specs.items():
-        rows, columns = model.get_submodule(name).weight.shape
+        rows, columns = shapes[name]
         parameters = TensorSpec(DTYPE_CODES[spec.scale_dtype], (rows, spec.groups(columns)))
         expected = {"qweight": TensorSpec("I32", (rows, columns * spec.bits // 32))}
         expected |= {"scale": parameters, "zero": parameters}

@@ -20,7 +20,7 @@ class Family:
     ``reads``: last name components of linear layers that read the hidden state (K is ``hidden_size``);
     ``writes``: of those that write it (N is ``hidden_size``). ``packs_vocabulary``: vLLM's class of the model can run
     a packed output head and a packed embedding. ``ties_vocabulary``: head and embedding are one tensor unless the
-    configuration says otherwise.
+    configuration says otherwise. ``experts``: blocks may hold a mixture of experts, ``….experts.3.gate_proj``.
     """
 
     blocks: str = r"model\.layers"
@@ -28,6 +28,7 @@ class Family:
     writes: tuple[str, ...] = _LLAMA_WRITES
     packs_vocabulary: bool = True
     ties_vocabulary: bool = False
+    experts: bool = False
 
     def block_number(self, name: str) -> int | None:
         """Return the number of the decoder block that a tensor belongs to, None outside the blocks."""
@@ -55,6 +56,14 @@ _FAMILIES = {
         packs_vocabulary=False,
         ties_vocabulary=True,
     ),
+    "Qwen2MoeForCausalLM": Family(experts=True),
+    "Qwen3MoeForCausalLM": Family(experts=True),
+    "MixtralForCausalLM": Family(
+        reads=("q_proj", "k_proj", "v_proj", "w1", "w3"),
+        writes=("o_proj", "w2"),
+        packs_vocabulary=False,
+        experts=True,
+    ),
     "GPTNeoXForCausalLM": Family(
         blocks=r"gpt_neox\.layers",
         reads=("query_key_value", "dense_h_to_4h"),
@@ -79,11 +88,17 @@ def ties_vocabulary(config: Mapping[str, Any]) -> bool:
     return family is not None and family.ties_vocabulary
 
 
+def expert_count(config: Mapping[str, Any]) -> int | None:
+    """Number of experts of a mixture's layer, None for a dense model."""
+    return next((int(config[key]) for key in _EXPERT_COUNTS if config.get(key)), None)
+
+
 def family_of(architecture: str, config: Mapping[str, Any]) -> Family:
     """Return the family of an architecture such as ``LlamaForCausalLM``.
 
     Raises:
-        UnsupportedModelError: a mixture of experts, an already quantized model, or an architecture not in the table.
+        UnsupportedModelError: a mixture of experts of another architecture, an already quantized model, or an
+            architecture not in the table.
     """
     quantization = config.get("quantization_config")
     if quantization is not None:
@@ -91,14 +106,14 @@ def family_of(architecture: str, config: Mapping[str, Any]) -> Family:
         raise UnsupportedModelError(
             f"expected an unquantized model, got one quantized with {method!r}. Start from the original weights."
         )
-    experts = next((config[key] for key in _EXPERT_COUNTS if config.get(key)), None)
-    if experts is not None or "Moe" in architecture or "Mixtral" in architecture:
-        raise UnsupportedModelError(
-            f"expected a dense model, got {architecture or 'a model'} with {experts or 'several'} experts: mixtures of "
-            "experts cannot be packed yet. Choose a dense model of a supported architecture: "
-            f"{', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
     family = _FAMILIES.get(architecture)
+    experts = expert_count(config)
+    if experts is not None and not (family is not None and family.experts):
+        mixtures = ", ".join(name for name, known in _FAMILIES.items() if known.experts)
+        raise UnsupportedModelError(
+            f"expected a dense model, or a mixture of experts of one of the architectures {mixtures}; got "
+            f"{architecture or 'a model'} with {experts} experts. Choose a model of one of these."
+        )
     if family is None:
         raise UnsupportedModelError(
             f"expected one of the architectures {', '.join(SUPPORTED_ARCHITECTURES)}; got "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neuqi_kernels.reference import dequantize
+from neuqi_serve import load_status
 from neuqi_serve.config import DEFAULT_PRESET, EMBEDDING, LM_HEAD, PRESETS, VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance, resolve
@@ -57,7 +58,8 @@ class QuantizationSettings:
     """``preset``: one of ``PRESETS``. ``device``: where the search runs, e.g. ``cpu`` or ``cuda``.
 
     ``importance``: a file of ``format.importance``; None weighs all inputs alike. ``vocabulary``: widths of output head
-    and embedding, None for the defaults.
+    and embedding, None for the defaults. ``exceptions``: linear layers with another spec, by full name. ``budget``: the
+    option that they come from, for the manifest.
     """
 
     spec: WeightSpec
@@ -67,6 +69,8 @@ class QuantizationSettings:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     importance: Path | None = None
     vocabulary: VocabularyBits | None = None
+    exceptions: Mapping[str, WeightSpec] = field(default_factory=dict)
+    budget: str | None = None
 
 
 def quantize_checkpoint(
@@ -93,7 +97,7 @@ def quantize_checkpoint(
     check_apart(source_path, destination)
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
-    selection = select_modules(source, settings.spec, settings.vocabulary)
+    selection = select_modules(source, settings.spec, settings.vocabulary, settings.exceptions)
     importance = None if settings.importance is None else read_importance(settings.importance)
     weights = _importance_values(importance, selection, progress_stream)
     made = {"preset": settings.preset, "importance": describe_importance(importance)}
@@ -135,7 +139,7 @@ def write_packed(
                 "architecture": source.architecture,
                 "files": {shard.name: shard.stat().st_size for shard in source.shards},
             },
-            quantization=quantization,
+            quantization={**quantization, **({} if settings.budget is None else {"budget": settings.budget})},
         )
 
 
@@ -224,6 +228,7 @@ def _write_tensors(
     if progress_stream is not None:
         progress = Progress(sum(sizes.values()), "B", progress_stream, steps=len(sizes))
     modules: dict[str, PackedModule] = {}
+    done = 0
     try:
         names = sorted(source.tensors, key=natural_order)
         for name, following in zip(names, [*names[1:], None], strict=True):
@@ -240,6 +245,8 @@ def _write_tensors(
             modules[module] = _write_module(source, selection, settings, pack, writer, module)
             if progress is not None:
                 progress.advance(sizes[module], module)
+            done += sizes[module]
+            load_status.progress("cache", len(modules), len(sizes), done, sum(sizes.values()))
     finally:
         if progress is not None:
             progress.close()

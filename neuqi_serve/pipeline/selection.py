@@ -14,10 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from neuqi_serve.config import (
-    EMBEDDING,
     LM_HEAD,
     SUPPORTED_GROUP_SIZES,
-    UNQUANTIZED_BITS,
     WHOLE_ROW,
     VocabularyBits,
     WeightSpec,
@@ -26,7 +24,10 @@ from neuqi_serve.errors import IntegrityError, UnsupportedModelError, UsageError
 from neuqi_serve.format.quantization_config import QuantizationRecipe, is_name_of
 from neuqi_serve.format.safetensors_file import FLOAT_CODES, TensorSpec
 from neuqi_serve.format.source import SourceCheckpoint
-from neuqi_serve.pipeline.families import Family, family_of, ties_vocabulary
+from neuqi_serve.pipeline.families import Family, expert_count, family_of, ties_vocabulary
+
+# A matrix of an expert: its layer up to `.experts.`, the expert's number, the rest.
+_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<expert>\d+)\.(?P<matrix>.*)")
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,14 @@ class Selection:
 
 
 def select_modules(
-    source: SourceCheckpoint, spec: WeightSpec, vocabulary: VocabularyBits | None = None
+    source: SourceCheckpoint,
+    spec: WeightSpec,
+    vocabulary: VocabularyBits | None = None,
+    exceptions: Mapping[str, WeightSpec] | None = None,
 ) -> Selection:
     """Choose the modules to pack and check that they fit the configuration.
+
+    ``exceptions``: full name → spec, of what has another spec than ``spec``: linear layers, output head, embedding.
 
     Raises:
         UnsupportedModelError: an architecture that cannot be packed, or one without linear layers in its blocks.
@@ -56,7 +62,8 @@ def select_modules(
     """
     family = family_of(source.architecture, source.config)
     _check_blocks(source, family)
-    default = QuantizationRecipe(spec)
+    _check_experts(source)
+    default = QuantizationRecipe(spec, dict(exceptions or {}))
     modules: dict[str, tuple[int, int]] = {}
     unfit: dict[str, str] = {}
     matrices = []
@@ -74,9 +81,10 @@ def select_modules(
             unfit[module] = f"rows of {in_features} weights are no multiple of 32"
             continue
         modules[module] = (out_features, in_features)
-    _check_fit(modules, unfit, source, spec)
+    _check_fit(modules, unfit, source, default)
     tied = is_tied(source)
-    recipe = default.with_vocabulary(_vocabulary_bits(family, vocabulary), tied)
+    widths = (vocabulary or VocabularyBits()).supported_by(source.architecture)
+    recipe = default.with_vocabulary(widths, tied)
     for module in matrices:
         if module in modules or module in unfit or recipe.vocabulary_spec(module) is None:
             continue
@@ -94,24 +102,6 @@ def is_tied(source: SourceCheckpoint) -> bool:
     """Whether output head and embedding are one tensor: ``config.json`` says so, and the checkpoint has no head."""
     has_head = any(is_name_of(LM_HEAD, name.removesuffix(".weight")) for name in source.tensors)
     return ties_vocabulary(source.config) and not has_head
-
-
-def _vocabulary_bits(family: Family, asked: VocabularyBits | None) -> VocabularyBits:
-    """What was asked for, or 16 where vLLM's class of the model cannot run a packed head and embedding.
-
-    Raises:
-        UsageError: another width was asked for there.
-    """
-    asked = asked or VocabularyBits()
-    if family.packs_vocabulary:
-        return asked
-    for name, bits in ((LM_HEAD, asked.lm_head), (EMBEDDING, asked.embedding)):
-        if bits not in (None, UNQUANTIZED_BITS):
-            raise UsageError(
-                f"expected 16 bits for {name} of this model, whose class in vLLM takes no packed vocabulary, "
-                f"got {bits}. Leave the option out."
-            )
-    return VocabularyBits(UNQUANTIZED_BITS, UNQUANTIZED_BITS)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -136,6 +126,30 @@ def _check_blocks(source: SourceCheckpoint, family: Family) -> None:
         )
 
 
+def _check_experts(source: SourceCheckpoint) -> None:
+    """Check that every layer with experts has all of them."""
+    found: dict[str, set[int]] = {}
+    for name, stored in source.tensors.items():
+        match = _EXPERT.match(name)
+        if match is not None:
+            found.setdefault(match["layer"] + match["matrix"], set()).add(int(match["expert"]))
+        elif ".experts." in name and len(stored.spec.shape) == 3:
+            raise UnsupportedModelError(
+                f"expected experts one by one, or gate_up_proj [E, 2I, H] and down_proj [E, H, I], got {name} "
+                f"{list(stored.spec.shape)} in {source.path}. Write the checkpoint again with transformers' "
+                "save_pretrained."
+            )
+    experts = expert_count(source.config)
+    for layer, numbers in found.items():
+        if experts is not None and numbers != set(range(experts)):
+            missing = sorted(set(range(experts)) - numbers)
+            received = f"none for the experts {missing[:5]}" if missing else f"{len(numbers)} of them"
+            raise IntegrityError(
+                f"expected {layer.replace('.experts.', '.experts.*.')} for {experts} experts as config.json says, got "
+                f"{received} in {source.path}. Download the model again."
+            )
+
+
 def _check_shape(module: str, stored: TensorSpec, source: SourceCheckpoint, family: Family) -> None:
     hidden_size = source.config.get("hidden_size")
     last = module.rpartition(".")[2]
@@ -157,7 +171,7 @@ def _check_fit(
     modules: Mapping[str, tuple[int, int]],
     unfit: Mapping[str, str],
     source: SourceCheckpoint,
-    spec: WeightSpec,
+    recipe: QuantizationRecipe,
 ) -> None:
     if not modules and not unfit:
         raise UnsupportedModelError(
@@ -168,12 +182,19 @@ def _check_fit(
         raise UsageError(
             f"expected rows that are a multiple of 32 weights long, got {lengths}. This model cannot be packed."
         )
-    lengths = sorted({in_features for _, in_features in modules.values()})
-    odd = [length for length in lengths if spec.group_size != WHOLE_ROW and length % spec.group_size]
-    if odd:
-        layer = next(name for name, (_, length) in modules.items() if length == odd[0])
-        fits = [g for g in SUPPORTED_GROUP_SIZES if g == WHOLE_ROW or not any(n % g for n in lengths)]
+    expert = next((name for name in unfit if _EXPERT.match(name)), None)
+    if expert is not None:
         raise UsageError(
-            f"expected a group size that divides the rows of every layer, got group size {spec.group_size} and rows of "
-            f"{odd} weights, e.g. {layer}. Sizes that divide all: {fits} (-1 is the whole row)."
+            f"expected rows of experts that are a multiple of 32 weights long, as all matrices of experts are packed "
+            f"or none, got {expert}: {unfit[expert]}. This model cannot be packed."
+        )
+    sizes = {name: recipe.spec_of(name).group_size for name in modules}
+    odd = [name for name, (_, length) in modules.items() if sizes[name] != WHOLE_ROW and length % sizes[name]]
+    if odd:
+        lengths = sorted({in_features for _, in_features in modules.values()})
+        fits = [g for g in SUPPORTED_GROUP_SIZES if g == WHOLE_ROW or not any(n % g for n in lengths)]
+        found = sorted({modules[name][1] for name in odd})
+        raise UsageError(
+            f"expected a group size that divides the rows of every layer, got group size {sizes[odd[0]]} and rows of "
+            f"{found} weights, e.g. {odd[0]}. Sizes that divide all: {fits} (-1 is the whole row)."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any
 from neuqi_serve.format.manifest import Manifest, PackedModule
 from neuqi_serve.format.safetensors_file import TensorSpec
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind (last name component) and spec; ``parameters`` counts weights."""
+    """Layers of one kind (last name component, of experts the last two) and spec; ``parameters`` counts weights."""
 
     kind: str
     bits: int
@@ -108,7 +111,7 @@ def summarize(
     """Group the modules of a manifest by kind and spec."""
     by_kind: dict[tuple[str, int, int], list[PackedModule]] = {}
     for name, module in manifest.modules.items():
-        key = (name.rpartition(".")[2], module.spec.bits, module.spec.group_size)
+        key = (_kind(name), module.spec.bits, module.spec.group_size)
         by_kind.setdefault(key, []).append(module)
     packed = {f"{name}.{part}" for name, module in manifest.modules.items() for part in module.tensors}
     kept: list[TensorSpec] = [record.spec for name, record in manifest.tensors.items() if name not in packed]
@@ -120,23 +123,48 @@ def summarize(
 
 
 def describe_layers(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Return spec, shape and sizes of every packed module as a JSON object."""
+    """Return spec, shape and sizes of every packed module as a JSON object; a layer's experts together.
+
+    ``….experts.*.gate_proj`` has the number of ``experts``, the shape of one and the sizes of all.
+    """
     described = {}
-    for name, module in manifest.modules.items():
-        entry = _group_to_dict(_single(name, module))
-        del entry["kind"], entry["layers"]
-        described[name] = {"shape": list(module.shape), **entry}
+    for name, shape, group in _rows(manifest):
+        entry = _group_to_dict(group)
+        count = entry.pop("layers")
+        del entry["kind"]
+        many = {"experts": count} if "*" in name else {}
+        described[name] = {"shape": list(shape), **many, **entry}
     return described
 
 
 def layer_table(manifest: Manifest) -> str:
-    """Return one aligned line per packed module."""
+    """Return one aligned line per packed module, or per projection of a layer's experts."""
     head = ("layer", "shape", "bits", "group", "bits/weight", "MiB before", "MiB after", "rel. error")
     rows: list[tuple[str, ...]] = [head]
-    for name, module in manifest.modules.items():
-        row = _row(_single(name, module))
-        rows.append((name, "×".join(map(str, module.shape)), *row[2:]))
+    for name, shape, group in _rows(manifest):
+        sizes = (*((group.layers,) if group.layers > 1 else ()), *shape)
+        rows.append((name, "×".join(map(str, sizes)), *_row(group)[2:]))
     return _aligned(rows) + "\n"
+
+
+def _rows(manifest: Manifest) -> list[tuple[str, tuple[int, int], LayerGroup]]:
+    """Name, shape and sizes of every module, those of a layer's experts under one name if they are alike."""
+    alike: dict[tuple[str, tuple[int, int], int, int], list[LayerGroup]] = {}
+    for name, module in manifest.modules.items():
+        row = (_EXPERT.sub(".experts.*.", name), module.shape, module.spec.bits, module.spec.group_size)
+        alike.setdefault(row, []).append(_single(name, module))
+    names = Counter(name for name, *_ in alike)
+    rows = []
+    for (name, shape, bits, group_size), groups in alike.items():
+        # Experts of several widths are told apart.
+        told = f"{name} ({bits} bits, group {group_size})" if names[name] > 1 else name
+        rows.append((told, shape, _merge(told, bits, group_size, [(group, 1) for group in groups])))
+    return rows
+
+
+def _kind(name: str) -> str:
+    last = name.rpartition(".")[2]
+    return f"experts.{last}" if _EXPERT.search(name) else last
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

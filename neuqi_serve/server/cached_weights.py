@@ -18,7 +18,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
-from neuqi_serve.config import DEFAULT_PRESET, VocabularyBits, WeightSpec
+from neuqi_serve import load_status
+from neuqi_serve.budget.budget import Budget
+from neuqi_serve.config import DEFAULT_PRESET, SUPPORTED_GROUP_SIZES, VocabularyBits, WeightSpec
 from neuqi_serve.env import read_environment
 from neuqi_serve.errors import (
     DoesNotFitError,
@@ -28,6 +30,7 @@ from neuqi_serve.errors import (
     UsageError,
 )
 from neuqi_serve.server.engine_process import reason_not_to_fork
+from neuqi_serve.server.process_memory import own_memory
 from neuqi_serve.server.served_model import ServedModel, find_model
 
 # Options of vLLM with which the packed weights would not be what is asked for.
@@ -41,6 +44,7 @@ CONFLICTING_OPTIONS = (
     "model-loader-extra-config",
     "nnodes",
     "quantization",
+    "quantization-config",
 )
 # Folders that belong to a model and are no part of a packed checkpoint.
 _KEPT_FOLDERS = ("1_Pooling", "additional_chat_templates")
@@ -60,7 +64,10 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Request:
-    """What to pack: ``name`` is a folder or a hub name with its ``revision``."""
+    """What to pack: ``name`` is a folder or a hub name with its ``revision``.
+
+    ``budget``: layers get widths of their own under it, with groups of one of ``group_sizes``.
+    """
 
     name: str
     revision: str | None
@@ -69,6 +76,8 @@ class Request:
     importance: Path | None
     on_cpu: bool
     vocabulary: VocabularyBits = field(default_factory=VocabularyBits)
+    budget: Budget | None = None
+    group_sizes: tuple[int, ...] = SUPPORTED_GROUP_SIZES
 
 
 @dataclass(frozen=True)
@@ -80,17 +89,21 @@ class Answer:
     seconds: float = 0.0
     reason: str = ""
     error: NeuqiError | None = None
+    peak_bytes: int = 0
 
 
 class CachedWeights:
     """The process that looks into the cache. Use as a context manager around the life of the server.
 
-    ``reason``: why the cache is not used, None while it may be.
+    ``reason``: why the cache is not used, None while it may be. ``found``: whether the entry was there, None until that
+    is known. ``peak_bytes``: the most memory that the process held.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = "it was not asked for"
         self.detail = ""
+        self.found: bool | None = None
+        self.peak_bytes = 0
         self._process: multiprocessing.process.BaseProcess | None = None
         self._receiver: Connection | None = None
         self._lock: object | None = None
@@ -110,6 +123,7 @@ class CachedWeights:
     def start(self, request: Request) -> None:
         """Begin to look for the entry, or to make it."""
         self.reason = None
+        load_status.begin("cache")
         # A fork shares the imports; where it is not safe they are made once more.
         context = multiprocessing.get_context("spawn" if reason_not_to_fork() else "fork")
         self._receiver, sender = context.Pipe(duplex=False)
@@ -128,6 +142,7 @@ class CachedWeights:
         if self._receiver is None:
             return original
         answer = self._answer()
+        self.peak_bytes = answer.peak_bytes
         if answer.error is not None:
             raise answer.error
         if answer.key is None:
@@ -144,6 +159,7 @@ class CachedWeights:
             self.reason = f"the entry has gone: {error}"
             return original
         done = "found and verified" if answer.found else "packed"
+        self.found = answer.found
         self.detail = f"{done} in {answer.seconds:.1f} s: {entry.reference}"
         return replace(entry, name=original.name)
 
@@ -160,6 +176,14 @@ class CachedWeights:
             answer = Answer(reason=f"the process that packs ended with {self._process.exitcode}")
         assert isinstance(answer, Answer)
         return answer
+
+
+def no_widths(budget: Budget, reason: str) -> UsageError:
+    """Return the error of a start that cannot choose widths under a budget."""
+    return UsageError(
+        f"expected the cache for {budget.option()}, which packs the model with a width for each layer, but {reason}. "
+        f"Pack it with `neuqi quantize MODEL -o OUT {budget.option()}` and serve OUT."
+    )
 
 
 def conflict(model: ServedModel, options: frozenset[str]) -> str | None:
@@ -182,12 +206,12 @@ def _work(request: Request, sender: Connection, parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(1)
-    sender.send(_prepared(request))
+    sender.send(replace(_prepared(request), peak_bytes=own_memory().peak))
     sender.close()
 
 
 def _prepared(request: Request) -> Answer:
-    from neuqi_serve.cache.prepare import prepare
+    from neuqi_serve.cache.prepare import WantedWidths, prepare
     from neuqi_serve.cache.store import Cache
     from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings
 
@@ -203,14 +227,21 @@ def _prepared(request: Request) -> Answer:
             vocabulary=request.vocabulary,
         )
         folder = _folder(request)
-        prepared = prepare(folder, settings, cache, _tell, sys.stderr)
+        wanted = None if request.budget is None else WantedWidths(request.budget, request.group_sizes)
+        prepared = prepare(folder, settings, cache, _tell, sys.stderr, wanted)
     except (DoesNotFitError, UnsupportedModelError) as error:
-        return Answer(reason=str(error))
+        # Widths are chosen ahead of time only: there is nothing to fall back to.
+        return Answer(reason=str(error)) if request.budget is None else Answer(error=error)
     except (UsageError, IntegrityError) as error:
         return Answer(error=error)
     except Exception as error:
         # A full or read-only disk, no memory, no network: the model can still be quantized while it loads.
-        return Answer(reason=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return (
+            Answer(reason=reason)
+            if request.budget is None
+            else Answer(error=no_widths(request.budget, reason))
+        )
     return Answer(prepared.key, prepared.found, time.monotonic() - started)
 
 
@@ -225,14 +256,16 @@ def _folder(request: Request) -> Path:
         return Path(request.name)
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            request.name,
-            revision=request.revision,
-            allow_patterns=list(_HUB_FILES),
-            ignore_patterns=["*/*"],
-        )
+    load_status.begin("download")
+    started = time.monotonic()
+    folder = snapshot_download(
+        request.name,
+        revision=request.revision,
+        allow_patterns=list(_HUB_FILES),
+        ignore_patterns=["*/*"],
     )
+    load_status.end("download", time.monotonic() - started)
+    return Path(folder)
 
 
 def _tell(text: str) -> None:

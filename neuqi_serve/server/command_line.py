@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from neuqi_serve.budget.budget import Budget, budget_of, parse_bits
 from neuqi_serve.config import (
     DEFAULT_EMBEDDING_BITS,
     DEFAULT_LM_HEAD_BITS,
@@ -20,8 +22,9 @@ from neuqi_serve.config import (
     VocabularyBits,
     WeightSpec,
 )
-from neuqi_serve.errors import UsageError
+from neuqi_serve.format.online_settings import HF_OVERRIDES, merge_settings, settings_object
 from neuqi_serve.server.listen_address import ListenAddress
+from neuqi_serve.server.operation import Operation, add_operation_options
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -29,13 +32,15 @@ DESCRIPTION = """Serve MODEL over vLLM's OpenAI-compatible API. An unquantized m
 packed by `neuqi quantize` is served as it is."""
 EPILOG = """Every flag of `vllm serve` works too:
   --help=all             all of them
-  --help=Frontend        one section, e.g. host, port, TLS, API keys
+  --help=Frontend        one section, e.g. host, port, TLS
   --help=max-model-len   one flag
 
 examples:
   neuqi serve demo
   neuqi serve Qwen/Qwen3-0.6B --bits 3 --group-size 64 --port 8080"""
 
+# Our options that are settings for quantizing while loading.
+SETTINGS = ("bits", "group_size", "scale_dtype", "preset", "importance", "lm_head_bits", "embedding_bits")
 # Options of vLLM that name something the Hugging Face hub may have to give.
 _HUB_OPTIONS = (
     "tokenizer",
@@ -51,7 +56,7 @@ _HUB_OPTIONS = (
 class OwnOptions:
     """Our own options; None where the user gave nothing."""
 
-    bits: int | None = None
+    bits: int | float | None = None
     group_size: int | None = None
     scale_dtype: str | None = None
     quantize: bool = True
@@ -60,6 +65,7 @@ class OwnOptions:
     cache: bool = True
     lm_head_bits: int | None = None
     embedding_bits: int | None = None
+    fit: str | None = None
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> OwnOptions:
@@ -74,7 +80,25 @@ class OwnOptions:
             not args.no_cache,
             args.lm_head_bits,
             args.embedding_bits,
+            args.fit,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the user gave, as the settings travel in vLLM's configuration."""
+        given = {key: getattr(self, key) for key in SETTINGS if getattr(self, key) is not None}
+        if self.importance is not None:
+            # The engine may run in another folder.
+            given["importance"] = str(self.importance.resolve())
+        return given
+
+    def completed_by(self, settings: Mapping[str, Any]) -> OwnOptions:
+        """Return these options with ``settings`` (those of the environment) where the user gave nothing."""
+        missing = {key: settings[key] for key in SETTINGS if key in settings and getattr(self, key) is None}
+        if self.fit is not None:
+            missing.pop("bits", None)
+        if "importance" in missing:
+            missing["importance"] = Path(missing["importance"])
+        return replace(self, **missing)
 
     def spec(self) -> WeightSpec:
         """Return the spec to quantize with, defaults filled in.
@@ -84,10 +108,18 @@ class OwnOptions:
         """
         default = WeightSpec()
         return WeightSpec(
-            default.bits if self.bits is None else self.bits,
+            self.bits if isinstance(self.bits, int) else default.bits,
             default.group_size if self.group_size is None else self.group_size,
             self.scale_dtype or default.scale_dtype,
         )
+
+    def budget(self) -> Budget | None:
+        """Return the budget under which layers get widths of their own; None for one width.
+
+        Raises:
+            UsageError: ``--bits`` and ``--fit`` both, or a value outside what is possible.
+        """
+        return budget_of(self.bits, self.fit)
 
     def vocabulary(self) -> VocabularyBits:
         """Return the widths of output head and embedding that the user gave.
@@ -113,6 +145,7 @@ class EarlyArguments:
     headless: bool
     hub_free: bool
     options: frozenset[str] = frozenset()
+    operation: Operation = field(default_factory=Operation)
 
 
 def add_own_options(parser: argparse.ArgumentParser) -> None:
@@ -122,9 +155,14 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     # Values are checked by WeightSpec, whose messages say what to do.
     group.add_argument(
         "--bits",
-        type=int,
+        type=parse_bits,
         metavar=_choices(SUPPORTED_BITS),
-        help=f"bits per weight (default: {default.bits})",
+        help=f"bits per weight; a decimal number, e.g. 2.5, gives each layer its own (default: {default.bits})",
+    )
+    group.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="the most that all weights may take, e.g. 8GiB: gives each layer its own bits, in place of --bits",
     )
     group.add_argument(
         "--group-size",
@@ -168,6 +206,7 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize while loading, and keep nothing for the next start (default: pack once into the cache)",
     )
+    add_operation_options(parser)
 
 
 def own_parser() -> argparse.ArgumentParser:
@@ -199,7 +238,7 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
     """Read what is needed for the checks before the start. ``MODEL`` counts when it comes first, as it should.
 
     Raises:
-        UsageError: bits or group size outside the supported set.
+        UsageError: bits, group size or an option of the operation outside the supported set.
     """
     words = [_dashed(word) for word in arguments]
     names = {word.partition("=")[0] for word in words}
@@ -218,51 +257,43 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
         headless=args.headless,
         hub_free=not any(f"--{option}" in names for option in _HUB_OPTIONS),
         options=frozenset({"-q": "quantization"}.get(n, n.removeprefix("--")) for n in names if n[:1] == "-"),
+        operation=Operation.from_namespace(args),
     )
 
 
-def merged_overrides(given: Any, own: OwnOptions) -> dict[str, Any]:
+def merged_overrides(
+    given: Any,
+    own: OwnOptions,
+    others: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    environment: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return the user's ``--hf-overrides`` with the on-the-fly settings in ``quantization_config``.
 
-    They travel here because vLLM's compile-cache key covers it, as it does not cover the environment.
+    ``others``: name and settings of further sources. They travel here because vLLM's compile-cache key covers it, as it
+    does not cover the environment.
 
     Raises:
-        UsageError: the user's overrides set another method, or contradict ``--bits`` or its kin.
+        UsageError: a source names another method, or two give different values (``format.online_settings``).
     """
     overrides = dict(given or {})
-    spec = own.spec()
-    settings: dict[str, Any] = {
+    settings = merge_settings(
+        [
+            *((f"--{_option(key)}", {key: value}) for key, value in own.settings().items()),
+            (HF_OVERRIDES, settings_object(overrides.get("quantization_config"), HF_OVERRIDES)),
+            *others,
+        ]
+    )
+    default = WeightSpec()
+    # What is not here is left to the engine: its default depends on whether the model ties head and embedding.
+    defaults = {
         "quant_method": "neuqi",
-        "bits": spec.bits,
-        "group_size": spec.group_size,
-        "scale_dtype": spec.scale_dtype,
-        "preset": own.preset or DEFAULT_PRESET,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "scale_dtype": default.scale_dtype,
+        "preset": DEFAULT_PRESET,
         "online": True,
     }
-    if own.importance is not None:
-        # The engine may run in another folder.
-        settings["importance"] = str(own.importance.resolve())
-    widths = {"lm_head_bits": own.lm_head_bits, "embedding_bits": own.embedding_bits}
-    # What was not given stays out: its default depends on whether the model ties the two.
-    settings |= {key: bits for key, bits in widths.items() if bits is not None}
-    users = overrides.get("quantization_config")
-    if users is None:
-        return {**overrides, "quantization_config": settings}
-    if not isinstance(users, Mapping):
-        raise UsageError(f"expected an object as quantization_config in --hf-overrides, got {users!r}.")
-    method = users.get("quant_method", "neuqi")
-    if method != "neuqi":
-        raise UsageError(
-            f'expected quant_method "neuqi" in --hf-overrides, got {method!r}. Remove it, or add --no-quantize.'
-        )
-    asked = {key: getattr(own, key) for key in ("bits", "group_size", "scale_dtype", "preset")}
-    for key, value in (asked | widths).items():
-        if value is not None and users.get(key, value) != value:
-            raise UsageError(
-                f"expected one {key}, got {value} from --{_option(key)} and {users[key]} from --hf-overrides. "
-                "Remove one of them."
-            )
-    return {**overrides, "quantization_config": {**settings, **users}}
+    return {**overrides, "quantization_config": {**defaults, **environment, **settings}}
 
 
 def _option(key: str) -> str:

@@ -25,6 +25,11 @@ RUNTIME_BYTES = 1 << 30
 # Tokens of a block of vLLM's KV cache on CPUs.
 BLOCK_TOKENS = 128
 SHUTDOWN_TIMEOUT_SECONDS = 30
+# Requests inside per request that can run: as many may wait as run, so that waiting at most doubles the latency.
+QUEUE_FACTOR = 2
+# Where vLLM chooses how many run at once, 256 or 1024 by the accelerator.
+ACCELERATOR_QUEUE = 2048
+MIN_QUEUE = 8
 # Names of ``vllm_plugin.cpu_norms``, which imports torch.
 NORM_PROVIDER = "neuqi_cpu"
 NORM_OPERATIONS = ("rms_norm", "fused_add_rms_norm")
@@ -95,12 +100,21 @@ def choose_defaults(
     choices = [
         Choice(
             "shutdown_timeout", SHUTDOWN_TIMEOUT_SECONDS, "seconds to finish running requests after SIGTERM"
-        )
+        ),
+        _queue(machine, given),
     ]
     if machine.runs_on_cpu:
         choices += [_sequences(machine), *_memory(machine, config, weight_bytes, given), *_processes(given)]
         choices += _execution(given)
     return [choice for choice in choices if choice.option not in given]
+
+
+def _queue(machine: Machine, given: Mapping[str, Any]) -> Choice:
+    running = given.get("max_num_seqs") or (_sequences(machine).value if machine.runs_on_cpu else None)
+    if running is None:
+        return Choice("max_num_queued_reqs", ACCELERATOR_QUEUE, "requests inside, 503 above it")
+    count = max(MIN_QUEUE, QUEUE_FACTOR * int(running))
+    return Choice("max_num_queued_reqs", count, "requests inside, 503 above it: as many wait as run")
 
 
 def _sequences(machine: Machine) -> Choice:

@@ -41,6 +41,15 @@ class ListenAddress:
                     f"expected no file at {self.unix_socket}, got one. Stop the server there, or remove it."
                 )
             return
+        self.listen().close()
+
+    def listen(self) -> socket.socket:
+        """Return a socket that listens on ``host`` and ``port``.
+
+        Raises:
+            PortInUseError: another process listens there.
+            UsageError: this machine has no such address, or the port may not be used.
+        """
         try:
             found = socket.getaddrinfo(
                 self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -50,14 +59,16 @@ class ListenAddress:
                 f"expected an address of this machine as --host, got {self.host!r} ({error}). Try 127.0.0.1 or 0.0.0.0."
             ) from None
         family, kind, protocol, _, address = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As vLLM does: a connection of a stopped server may still be winding down.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-                probe.listen(1)
-            except OSError as error:
-                raise self._refused(error) from None
+        listener = socket.socket(family, kind, protocol)
+        # As vLLM does: a connection of a stopped server may still be winding down.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            raise self._refused(error) from None
+        return listener
 
     def _refused(self, error: OSError) -> PortInUseError | UsageError:
         import errno

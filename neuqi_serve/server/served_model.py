@@ -162,19 +162,12 @@ def check_on_the_fly(model: ServedModel, spec: WeightSpec) -> None:
 
     Raises:
         UsageError: the group size divides neither the hidden nor the intermediate size.
-        UnsupportedModelError: a mixture of experts.
     """
     config = model.text_config
-    experts = next(
-        (k for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None
-    )
-    if experts:
-        raise UnsupportedModelError(
-            f"expected a dense model, got {model.name} with {experts} = {config[experts]}: experts cannot be "
-            "quantized while they load yet. Serve it unquantized with --no-quantize."
-        )
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    sizes = {key: config.get(key) for key in ("hidden_size", "intermediate_size")}
+    # Where experts have a size of their own, no layer may have the other.
+    wide = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+    sizes = {key: config.get(key) for key in ("hidden_size", wide, "shared_expert_intermediate_size")}
     if isinstance(heads, int) and isinstance(head_dim, int):
         sizes["num_attention_heads·head_dim"] = heads * head_dim
     for key, size in sizes.items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuqi_serve.errors import NeuqiError, UnsupportedModelError
+from neuqi_serve.errors import NeuqiError, UnsupportedModelError, UsageError
 from neuqi_serve.server.engine_process import EngineProcesses
+from neuqi_serve.server.lifecycle import engine_died
 
 # Imported before the fork, so that API and engine process share them; whatever is missing in a vLLM version is
 # imported later by vLLM itself.
@@ -59,6 +61,21 @@ def _import_model_class(config: Mapping[str, Any]) -> None:
             known.load_model_cls()
 
 
+def check_tracing(args: argparse.Namespace) -> None:
+    """Refuse to trace without the libraries for it, before anything is loaded.
+
+    Raises:
+        UsageError: ``--otlp-traces-endpoint`` without OpenTelemetry.
+    """
+    from vllm.tracing import is_tracing_available
+
+    if getattr(args, "otlp_traces_endpoint", None) and not is_tracing_available():
+        raise UsageError(
+            "expected OpenTelemetry for --otlp-traces-endpoint, got none installed. Install opentelemetry-sdk and "
+            "opentelemetry-exporter-otlp, or leave the option out."
+        )
+
+
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse a model that vLLM knows neither itself nor through Transformers or code in the checkpoint.
 
@@ -90,7 +107,7 @@ def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
 
     command = ServeSubcommand()
     command.validate(args)
-    with _engine_processes(processes):
+    with _engine_processes(processes), _own_termination():
         try:
             command.cmd(args)
         except NeuqiError:
@@ -102,6 +119,10 @@ def run(args: argparse.Namespace, processes: EngineProcesses) -> int:
             raise EngineStartError(
                 f"the engine did not start: {failure.kind}: {failure.message}", failure.exit_code
             ) from error
+    if engine_died():
+        failure = processes.failure()
+        reason = "" if failure is None else f": {failure.kind}: {failure.message}"
+        raise EngineStartError(f"the engine died while the server ran{reason}. Its log is above.", 1)
     return 0
 
 
@@ -111,6 +132,29 @@ def _message(error: Exception) -> str:
     if callable(details):
         return "; ".join(str(detail.get("msg", detail)) for detail in details())
     return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep our handler of SIGTERM while the engine starts: the exception that vLLM's raises there gets lost."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    original = entry.signal
+    entry.signal = _Signals()
+    try:
+        yield
+    finally:
+        entry.signal = original
+
+
+class _Signals:
+    """Stands in for the module ``signal`` where vLLM would replace the handler."""
+
+    def signal(self, number: int, handler: Any) -> None:
+        """Leave the handler as it is."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(signal, name)
 
 
 @contextlib.contextmanager

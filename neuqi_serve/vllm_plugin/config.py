@@ -19,10 +19,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from neuqi_serve.config import EMBEDDING, LM_HEAD, WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance
+from neuqi_serve.format.online_settings import (
+    ADDITIONAL_CONFIG,
+    ADDITIONAL_CONFIG_KEY,
+    HF_OVERRIDES,
+    merge_settings,
+    settings_object,
+)
 from neuqi_serve.format.quantization_config import QuantizationRecipe
-from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
+from neuqi_serve.vllm_plugin import compat
+from neuqi_serve.vllm_plugin.folder import check_folder, check_packed_settings
+from neuqi_serve.vllm_plugin.layer_names import UnusedNames, is_skipped, shard_names
 from neuqi_serve.vllm_plugin.linear import NeuqiOnlineLinearMethod, NeuqiPackedLinearMethod
 from neuqi_serve.vllm_plugin.progress import LoadProgress
+from neuqi_serve.vllm_plugin.sanity import SanityCheck
+from neuqi_serve.vllm_plugin.slices import check_slice
 from neuqi_serve.vllm_plugin.vocabulary import (
     NeuqiOnlineVocabularyMethod,
     NeuqiPackedVocabularyMethod,
@@ -32,7 +43,6 @@ from neuqi_serve.vllm_plugin.vocabulary import (
 # A child of vLLM's logger, so that its handler prints our lines in every process.
 logger = init_logger("vllm.neuqi")
 
-ADDITIONAL_CONFIG_KEY = "neuqi"
 # Beside the recipe's keys: a file of format.importance.
 IMPORTANCE_KEY = "importance"
 
@@ -40,9 +50,10 @@ IMPORTANCE_KEY = "importance"
 class NeuqiConfig(QuantizationConfig):
     """Bits and groups of every layer, and whether they come from a packed checkpoint or are made while loading.
 
-    Precedence for the on-the-fly settings: ``--additional-config '{"neuqi": {…}}'`` over
-    ``--hf-overrides '{"quantization_config": {"quant_method": "neuqi", …}}'`` over the defaults (4 bits, group
-    128; output head and embedding 8 bits). Both are part of vLLM's compile-cache key, as environment variables are not.
+    The on-the-fly settings are those of ``--additional-config '{"neuqi": {…}}'`` and of
+    ``--hf-overrides '{"quantization_config": {"quant_method": "neuqi", …}}'`` together (two values for one key are an
+    error), then the defaults (4 bits, group 128; output head and embedding 8 bits). Both are part of vLLM's
+    compile-cache key, as environment variables are not.
     """
 
     def __init__(
@@ -56,8 +67,10 @@ class NeuqiConfig(QuantizationConfig):
         self.importance = _importance_of(self.settings)
         self.recipe = QuantizationRecipe.for_online(self.settings) if recipe is None else recipe
         self.progress = LoadProgress(silent=not self.online)
+        self.sanity = SanityCheck()
         self._mapper: Any = None
         self._completed = False
+        self.unused_names = UnusedNames()
 
     def __repr__(self) -> str:
         source = "on the fly" if self.online else "packed"
@@ -120,25 +133,22 @@ class NeuqiConfig(QuantizationConfig):
 
         Raises:
             IntegrityError: the folder is not what its manifest says.
+            UnsupportedModelError: it was packed for another architecture or recipe, or is to be quantized again.
         """
-        if not self.online and Path(model_name).is_dir():
-            from neuqi_serve.format.reader import open_checkpoint
-
-            open_checkpoint(Path(model_name)).validate()
+        check_folder(Path(model_name), self.online, self.recipe, getattr(hf_config, "architectures", None))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Choose the method of one layer: linear layers, and the output head and embedding that the recipe names.
+        """Choose the method of one layer: linear layers, experts, output head and embedding if the recipe names them.
 
         Raises:
-            UnsupportedModelError: a mixture-of-experts layer, or fused shards that a recipe treats differently.
+            UnsupportedModelError: experts that the kernels cannot run, or fused shards that a recipe treats
+                differently.
             UsageError: the group size does not divide the layer's input size.
         """
         self._complete_recipe()
-        if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
-            raise UnsupportedModelError(
-                f"expected linear layers, got mixture-of-experts layer {prefix!r}: experts cannot be quantized "
-                "with neuqi yet. Serve this model without --quantization neuqi."
-            )
+        self.unused_names.see(prefix, shard_names(prefix, self.packed_modules_mapping))
+        if compat.is_expert_layer(layer):
+            return self._expert_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -146,14 +156,29 @@ class NeuqiConfig(QuantizationConfig):
         if is_skipped(prefix, self.recipe.modules_to_not_convert, self.packed_modules_mapping):
             return UnquantizedLinearMethod()
         # Column and row parallel layers know their slice already, replicated ones have the whole input.
-        in_features = int(getattr(layer, "input_size_per_partition", layer.input_size))
-        if not _packs(prefix, in_features):
+        whole = int(layer.input_size)
+        if not _packs(prefix, whole):
             return UnquantizedLinearMethod()
         spec = self.spec_for(prefix)
-        _check_groups(spec, prefix, in_features, int(layer.input_size))
+        check_slice(spec, prefix, whole, int(getattr(layer, "input_size_per_partition", whole)), self.online)
         if self.online:
             return NeuqiOnlineLinearMethod(self, spec, self.importance_for(prefix, int(layer.input_size)))
         return NeuqiPackedLinearMethod(self, spec)
+
+    def _expert_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        # Here, as not every model has experts and the module imports much.
+        from neuqi_serve.vllm_plugin.expert_layer import expert_layer, matrix_names
+        from neuqi_serve.vllm_plugin.experts import NeuqiOnlineExpertsMethod, NeuqiPackedExpertsMethod
+
+        # None is vLLM's own method for unquantized experts.
+        if self.recipe.keeps(prefix):
+            return None
+        self.unused_names.see(prefix, matrix_names(layer, prefix))
+        experts = expert_layer(layer, prefix, self.recipe)
+        if experts is None:
+            return None
+        method = NeuqiOnlineExpertsMethod if self.online else NeuqiPackedExpertsMethod
+        return method(self, layer, experts)
 
     def _vocabulary_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         is_head = isinstance(layer, ParallelLMHead)
@@ -162,7 +187,7 @@ class NeuqiConfig(QuantizationConfig):
         spec = self.recipe.vocabulary_spec(name)
         if spec is None or not _packs(name, layer.embedding_dim):
             return UnquantizedHeadMethod() if is_head else None
-        _check_groups(spec, name, layer.embedding_dim, layer.embedding_dim)
+        check_slice(spec, name, layer.embedding_dim, layer.embedding_dim, self.online)
         if self.online:
             return NeuqiOnlineVocabularyMethod(self, spec)
         return NeuqiPackedVocabularyMethod(self, spec)
@@ -174,7 +199,9 @@ class NeuqiConfig(QuantizationConfig):
             UnsupportedModelError: the shards that vLLM fuses into this module have different specs.
         """
         names = shard_names(prefix, self.packed_modules_mapping)
-        specs = {name: self.recipe.spec_of(name) for name in names}
+        # What is said of the fused module holds for its shards, unless they are named themselves.
+        fused = self.recipe.spec_of(prefix)
+        specs = {name: self.recipe.exception_of(name) or fused for name in names}
         if len(set(specs.values())) > 1:
             listed = ", ".join(f"{name}: {s.bits} bits g{s.group_size}" for name, s in specs.items())
             raise UnsupportedModelError(
@@ -209,10 +236,18 @@ class NeuqiConfig(QuantizationConfig):
             return
         self._completed = True
         vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is None or not self.online:
+        if vllm_config is None:
             return
         additional = vllm_config.additional_config
-        settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+        given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+        settings = settings_object(given, ADDITIONAL_CONFIG)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # A stage has some of the layers only.
+            self.unused_names.silence()
+        if not self.online:
+            self.unused_names.silence()
+            check_packed_settings(self.recipe, settings)
+            return
         model_config = vllm_config.model_config
         # vLLM has already set it to false when the checkpoint brings a head of its own.
         tied = (
@@ -220,11 +255,15 @@ class NeuqiConfig(QuantizationConfig):
             if model_config
             else False
         )
-        settings = dict(settings or {})
         self.importance = _importance_of(settings) or self.importance
-        self.recipe = QuantizationRecipe.for_online({**self.settings, **settings}, tied=tied)
+        merged = merge_settings([(HF_OVERRIDES, self.settings), (ADDITIONAL_CONFIG, settings)])
+        architectures = getattr(model_config.hf_config, "architectures", None) if model_config else None
+        self.recipe = QuantizationRecipe.for_online(
+            merged, tied=tied, architecture=(architectures or [""])[0]
+        )
         if self._mapper is not None:
             self.apply_vllm_mapper(self._mapper)
+        self.unused_names.expect([*self.recipe.modules, *self.recipe.modules_to_not_convert])
 
 
 def _packs(name: str, in_features: int) -> bool:
@@ -235,16 +274,6 @@ def _packs(name: str, in_features: int) -> bool:
         "neuqi: %s stays unquantized: its rows of %d weights are no multiple of 32", name, in_features
     )
     return False
-
-
-def _check_groups(spec: WeightSpec, name: str, in_features: int, whole: int) -> None:
-    try:
-        spec.groups(in_features)
-    except UsageError as error:
-        hint = (
-            f" This is one tensor-parallel slice of {whole}; use fewer ranks." if whole != in_features else ""
-        )
-        raise UsageError(f"layer {name!r}: {error}{hint}") from error
 
 
 def _importance_of(settings: dict[str, Any]) -> Importance | None:

@@ -9,8 +9,12 @@ def register() -> None:
     """Register the quantization method ``neuqi`` with vLLM; safe to call any number of times."""
     from neuqi_serve.vllm_plugin import compat
     from neuqi_serve.vllm_plugin.cpu_norms import register_cpu_norms
+    from neuqi_serve.vllm_plugin.rank_failures import report_failures
 
+    compat.check_version()
     compat.register_method()
     compat.attach_worker_report()
     compat.track_missing_tensors()
+    compat.receive_between_stages()
+    report_failures()
     register_cpu_norms()

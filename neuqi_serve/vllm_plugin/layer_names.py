@@ -4,8 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from vllm.logger import init_logger
+
+from neuqi_serve.config import DEFAULT_SKIP, EMBEDDING, LM_HEAD
 from neuqi_serve.errors import UnsupportedModelError
-from neuqi_serve.format.quantization_config import is_name_of
+from neuqi_serve.format.quantization_config import REGEX_PREFIX, is_name_of, trailing_names
+
+logger = init_logger("vllm.neuqi")
+
+
+class UnusedNames:
+    """Notices names in the user's settings that no layer of the model has: a slip that would change nothing.
+
+    ``expect`` the names, ``see`` every layer while the model is built, ``warn`` when it is complete.
+    """
+
+    def __init__(self) -> None:
+        self._unused: set[str] = set()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Take the names of a recipe; those that stand in every recipe say nothing about this model."""
+        self._unused = set(names) - {*DEFAULT_SKIP, LM_HEAD, EMBEDDING}
+
+    def silence(self) -> None:
+        """Expect nothing."""
+        self._unused = set()
+
+    def see(self, prefix: str, shards: Iterable[str]) -> None:
+        """Strike out the names of a layer and of the shards fused into it."""
+        if self._unused:
+            seen = (prefix, *shards)
+            self._unused.difference_update(*map(trailing_names, seen))
+            expressions = {name for name in self._unused if name.startswith(REGEX_PREFIX)}
+            self._unused -= {n for n in expressions if any(is_name_of(n, module) for module in seen)}
+
+    def warn(self) -> None:
+        """Say once which names no layer has."""
+        if self._unused:
+            logger.warning(
+                "neuqi: the settings name %s, but no layer of this model is called so: nothing changes by it",
+                ", ".join(sorted(self._unused)),
+            )
+            self.silence()
 
 
 def shard_names(prefix: str, fused: Mapping[str, Sequence[str]]) -> list[str]:

@@ -77,6 +77,7 @@ class NeuqiLinearMethod(LinearMethodBase):
         return noting_loader
 
     def _check_arrived(self, layer: Any, names: tuple[str, ...]) -> None:
+        self.config.unused_names.warn()
         for name in names:
             shards = self.loaded_shards.get(name, set())
             if None in shards or len(shards) >= self.expected_shards:
@@ -103,6 +104,9 @@ class NeuqiLinearMethod(LinearMethodBase):
         self.record.packed_bytes = qweight.nbytes
         self.record.scale_zero_bytes = scale.nbytes + zero.nbytes
         prepared = backend.prepare(qweight, scale, zero, spec)
+        self.config.sanity.check(
+            _name(layer), self.record.role, backend, prepared, (qweight, scale, zero), spec
+        )
         for name in ("weight", "qweight", "scale", "zero"):
             if hasattr(layer, name):
                 delattr(layer, name)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from vllm.logger import init_logger
 
+from neuqi_serve import load_status
+from neuqi_serve.vllm_plugin import compat
+
 logger = init_logger("vllm.neuqi")
 
 LINE_INTERVAL_SECONDS = 5.0
@@ -24,12 +27,21 @@ class LoadProgress:
     def __init__(self, silent: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._silent, self._clock = silent, clock
         self._layers = self._total = self._done_layers = self._done = self._freed = 0
-        self._started = self._last_line = 0.0
+        self._started = self._last_line = self._made = 0.0
+        self._phase = "read" if silent else "quantize"
 
     def expect(self, nbytes: int) -> None:
         """Count a layer whose unquantized weights have ``nbytes``."""
+        if not self._layers:
+            self._made = self._clock()
+            load_status.begin(self._phase)
         self._layers += 1
         self._total += nbytes
+
+    def forget(self, nbytes: int) -> None:
+        """Take back a layer that turned out to have no weights of its own."""
+        self._layers -= 1
+        self._total -= nbytes
 
     def begin(self) -> None:
         """Note the time of the first layer that is quantized."""
@@ -46,6 +58,12 @@ class LoadProgress:
             self._freed = 0
             return_free_memory()
         now = self._clock()
+        load_status.progress(self._phase, self._done_layers, self._layers, self._done, self._total)
+        if last:
+            load_status.end(self._phase, now - self._made)
+            attributes = {"neuqi.layers": self._layers, "neuqi.bytes": self._total}
+            compat.record_span(f"neuqi.{self._phase}", now - self._made, attributes)
+            load_status.begin("warm-up")
         if not self._silent and (last or now - self._last_line >= LINE_INTERVAL_SECONDS):
             self._last_line = now
             logger.info(

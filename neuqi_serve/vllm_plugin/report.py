@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 import time
@@ -21,7 +22,8 @@ from neuqi_serve.config import WeightSpec
 class LayerRecord:
     """One quantized layer: where its weights came from, their bytes and the seconds spent.
 
-    ``role``: ``linear``, ``lm_head`` or ``embed_tokens`` (which a tied head shares).
+    ``role``: ``linear``, ``experts`` (of which a layer has two records, one for each of its products), ``lm_head`` or
+    ``embed_tokens`` (which a tied head shares).
     ``original_bytes`` are those of the same slice in the model's dtype. ``created_at`` and ``finished_at`` are
     readings of ``time.perf_counter``.
     """
@@ -79,9 +81,34 @@ def load_report(model: torch.nn.Module, rank: int = 0) -> dict[str, Any]:
     }
 
 
+def device_report(runner: Any) -> dict[str, Any]:
+    """Return ``kv_cache_bytes``, the ``host``'s name, and on an accelerator its memory ``used`` and ``total`` in bytes.
+
+    ``runner`` is a worker's model runner; a layer's cache may be a tensor or several.
+    """
+    storages: dict[int, int] = {}
+    pending = list(getattr(runner, "kv_caches", None) or ())
+    while pending:
+        found = pending.pop()
+        if isinstance(found, list | tuple):
+            pending.extend(found)
+        elif isinstance(found, torch.Tensor):
+            # Layers may share one tensor.
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    report: dict[str, Any] = {"kv_cache_bytes": sum(storages.values()), "host": platform.node()}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        report["accelerator_memory"] = {"used": total - free, "total": total}
+    return report
+
+
 def _records(model: torch.nn.Module) -> list[LayerRecord]:
-    found = (getattr(module, "neuqi_record", None) for module in model.modules())
-    return [record for record in found if isinstance(record, LayerRecord)]
+    found: list[LayerRecord] = []
+    for module in model.modules():
+        held = getattr(module, "neuqi_record", ())
+        found += held if isinstance(held, tuple) else (held,)
+    return found
 
 
 def _phases(records: list[LayerRecord]) -> dict[str, float]:
@@ -110,11 +137,15 @@ def _unquantized_bytes(model: torch.nn.Module) -> Iterator[int]:
 
 def _emptied_bytes(module: torch.nn.Module, parameter: torch.nn.Parameter) -> int:
     """Bytes of a weight that vLLM has handed to a CPU kernel and emptied: its size is left in the module."""
-    n = getattr(module, "output_size_per_partition", None) or getattr(
-        module, "num_embeddings_per_partition", 0
+    # A replicated layer, such as a router, has whole sizes only.
+    sizes = (
+        ("output_size_per_partition", "num_embeddings_per_partition", "output_size"),
+        ("input_size_per_partition", "embedding_dim", "input_size"),
     )
-    k = getattr(module, "input_size_per_partition", None) or getattr(module, "embedding_dim", 0)
-    return (int(n) if n else 0) * (int(k) if k else 0) * parameter.element_size()
+    n, k = (
+        next((getattr(module, name) for name in names if getattr(module, name, None)), 0) for names in sizes
+    )
+    return int(n) * int(k) * parameter.element_size()
 
 
 def _memory() -> dict[str, int]:

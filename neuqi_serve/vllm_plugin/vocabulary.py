@@ -64,6 +64,7 @@ class _Vocabulary(NeuqiLinearMethod):
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Share the embedding's weights instead of packing them a second time."""
+        self.config.progress.forget(self.record.original_bytes)
         return tie(layer, embed_tokens)
 
 

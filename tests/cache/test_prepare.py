@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from neuqi_serve.budget.budget import Budget
+from neuqi_serve.budget.plan import plan_budget
 from neuqi_serve.cache import key as key_module
 from neuqi_serve.cache import prepare as prepare_module
 from neuqi_serve.cache.prepare import Prepared, prepare
@@ -179,3 +181,32 @@ def test_an_unknown_architecture_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError):
         make(write_llama(config={"architectures": ["Other"]}))
+
+
+def test_widths_under_a_budget_are_chosen_once(
+    write_llama: Callable[..., Path], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy", reason="needs scipy (requirements/cpu.txt)")
+    pytest.importorskip("transformers", reason="needs transformers")
+    model, told = write_llama(), []
+    wanted = prepare_module.WantedWidths(Budget(bits=2.5), (32,))
+    first = prepare(model, SETTINGS, cache, told.append, wanted=wanted)
+    plan = plan_budget(model, SETTINGS, wanted.budget, group_sizes=(32,))
+    assert told == ["; ".join(plan.lines())]
+    quantize_checkpoint(model, tmp_path / "packed", plan.settings)
+    entry = cache.entry_path(first.key)
+    for path in (tmp_path / "packed").iterdir():
+        assert (entry / path.name).read_bytes() == path.read_bytes(), path.name
+
+    monkeypatch.setattr(prepare_module, "plan_budget", lambda *_, **__: pytest.fail("chosen again"))
+    second = prepare(model, SETTINGS, cache, told.append, wanted=wanted)
+    assert (second.key, second.found) == (first.key, True)
+    monkeypatch.undo()
+    for other in (
+        prepare_module.WantedWidths(Budget(bits=2.75), (32,)),
+        prepare_module.WantedWidths(Budget(bits=2.5)),
+    ):
+        assert prepare(model, SETTINGS, cache, told.append, wanted=other).key != first.key
+    too_little = prepare_module.WantedWidths(Budget(nbytes=100))
+    with pytest.raises(DoesNotFitError, match="at least"):
+        prepare(model, SETTINGS, cache, told.append, wanted=too_little)

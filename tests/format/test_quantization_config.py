@@ -181,3 +181,53 @@ def test_renamed_maps_every_name() -> None:
         lambda entries: {name.replace("a.", "b."): value for name, value in entries.items()},
     )
     assert mapped == QuantizationRecipe(WeightSpec(3), {"b.x": WeightSpec(4)}, ("b.y",))
+
+
+def test_expressions_name_modules_in_settings_only() -> None:
+    assert is_name_of(r"re:layers\.[0-3]\..*proj", "model.layers.2.self_attn.q_proj")
+    assert not is_name_of(r"re:^layers\.2", "model.layers.2.self_attn.q_proj")
+    recipe = QuantizationRecipe.for_online(
+        {"modules": {r"re:layers\.[01]\.": {"bits": 2}, "q_proj": {"bits": 3}}}, tied=False
+    )
+    # The first match holds.
+    assert [recipe.spec_of(f"model.layers.{n}.q_proj").bits for n in (0, 1, 2)] == [2, 2, 3]
+    with pytest.raises(UsageError, match=r"expected a regular expression after 're:', got 're:\('"):
+        QuantizationRecipe.for_online({"modules_to_not_convert": ["re:("]})
+    with pytest.raises(IntegrityError, match="expected names of modules, got the expression"):
+        QuantizationRecipe.from_dict(valid(modules_to_not_convert=["re:lm_head"]))
+
+
+def test_expressions_keep_their_place_when_names_are_mapped() -> None:
+    settings = {
+        "modules": {"re:a": {"bits": 2}, "b.c": {"bits": 3}},
+        "modules_to_not_convert": ["b.d", "re:e"],
+    }
+    recipe = QuantizationRecipe.for_online(settings)
+    renamed = recipe.renamed(
+        lambda names: [f"model.{name}" for name in names],
+        lambda named: {f"model.{name}": value for name, value in named.items()},
+    )
+    assert list(renamed.modules)[:2] == ["re:a", "model.b.c"]
+    assert renamed.modules_to_not_convert == ("model.b.d", "re:e")
+
+
+def test_some_architectures_keep_their_vocabulary() -> None:
+    recipe = QuantizationRecipe.for_online({}, architecture="GPTNeoXForCausalLM")
+    assert recipe.vocabulary_spec("lm_head") is None
+    with pytest.raises(UsageError, match="expected 16 bits for lm_head of GPTNeoXForCausalLM"):
+        QuantizationRecipe.for_online({"lm_head_bits": 8}, architecture="GPTNeoXForCausalLM")
+
+
+def test_of_several_names_of_a_module_the_first_holds_and_the_full_one_before_all() -> None:
+    modules = {
+        "re:layers[.]1[.].*down": {"bits": 3, "group_size": 32},
+        "experts.7.down_proj": {"bits": 2, "group_size": 32},
+        "down_proj": {"bits": 8, "group_size": 32},
+        "model.layers.1.mlp.experts.9.down_proj": {"bits": 4, "group_size": 32},
+    }
+    recipe = QuantizationRecipe.for_online({"modules": modules})
+    experts = "model.layers.{}.mlp.experts.{}.down_proj"
+    found = [recipe.exception_of(experts.format(*place)) for place in ((1, 7), (1, 9), (0, 7), (0, 8))]
+    assert [spec.bits for spec in found if spec is not None] == [3, 4, 2, 8]
+    assert recipe.exception_of("model.layers.0.mlp.experts.7.up_proj") is None
+    assert recipe.exception_of("model.layers.0.mlp.my_down_proj") is None

@@ -53,8 +53,19 @@ def dequantized(folder: Path, packed: Path) -> Any:
         values = dequantize(
             weight.qweight, weight.scale, weight.zero, module.spec.bits, module.spec.group_size
         )
-        parameters[f"{name}.weight"].data.copy_(values)
+        target_of(parameters, name, values.shape[0]).copy_(values)
     return model
+
+
+def target_of(parameters: dict[str, Any], name: str, rows: int) -> torch.Tensor:
+    """Where transformers holds a matrix that a checkpoint calls ``name``: experts lie in stacked tensors."""
+    if ".experts." not in name:
+        return parameters[f"{name}.weight"].data
+    layer, expert, part = name.replace("block_sparse_moe", "mlp").rsplit(".", 2)
+    if part in ("down_proj", "w2"):
+        return parameters[f"{layer}.down_proj"].data[int(expert)]
+    first = 0 if part in ("gate_proj", "w1") else rows
+    return parameters[f"{layer}.gate_up_proj"].data[int(expert), first : first + rows]
 
 
 def test_packed_and_on_the_fly_give_the_logits_of_the_definition(
@@ -117,6 +128,23 @@ def test_options_reach_the_model(model_folder: Folder, tmp_path: Path) -> None:
     assert type(block.self_attn.o_proj) is torch.nn.Linear
     assert type(model.model.embed_tokens) is torch.nn.Embedding
     model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+def test_expressions_become_names_in_the_folder(model_folder: Folder, tmp_path: Path) -> None:
+    config = NeuqiConfig(
+        bits=3,
+        group_size=32,
+        modules={r"re:layers\.1\..*_proj": {"bits": 4}},
+        modules_to_not_convert=[r"re:layers\.0\..*o_proj"],
+    )
+    model = load(model_folder("llama"), quantization_config=config)
+    first, second = model.model.layers
+    assert type(first.self_attn.o_proj) is torch.nn.Linear
+    assert first.mlp.up_proj.spec.bits == 3
+    assert second.mlp.up_proj.spec.bits == second.self_attn.o_proj.spec.bits == 4
+    model.save_pretrained(tmp_path / "saved")
+    open_checkpoint(tmp_path / "saved").verify()
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
 
 
@@ -257,13 +285,31 @@ def test_a_folder_of_another_format_version_is_an_error(model_folder: Folder, tm
         load(packed)
 
 
-def test_stacked_experts_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings = settings | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+def test_stacked_weights_of_another_kind_are_refused(model_folder: Folder) -> None:
+    from neuqi_serve.hf.layer_choice import packed_layers
+
+    model = load(model_folder("llama"))
+    model.model.layers[0].mlp.bank = torch.nn.Parameter(torch.zeros(2, 3, 32))
+    with pytest.raises(UnsupportedModelError, match=r"stacked weights such as model\.layers\.0\.mlp\.bank"):
+        packed_layers(model, NeuqiConfig(bits=4, group_size=32).recipe)
+
+
+def test_experts_of_rows_that_cannot_be_packed_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = settings | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings))
-    model.save_pretrained(tmp_path / "moe")
-    with pytest.raises(UnsupportedModelError, match="experts"):
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings)).save_pretrained(
+        tmp_path / "moe"
+    )
+    with pytest.raises(UsageError, match="multiple of 32"):
         load(tmp_path / "moe", quantization_config=NeuqiConfig(bits=4, group_size=32))
+    model = load(tmp_path / "moe")
+    assert model.dtype == torch.float32
+
+
+def test_experts_are_not_de_quantized(model_folder: Folder) -> None:
+    model = load(model_folder("qwen3_moe"), quantization_config=NeuqiConfig(bits=4, group_size=32))
+    with pytest.raises(UnsupportedModelError, match="experts"):
+        model.dequantize()
 
 
 def test_unknown_architectures_are_refused(tmp_path: Path) -> None:

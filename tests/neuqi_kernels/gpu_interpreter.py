@@ -166,6 +166,69 @@ def experts(request: dict[str, Any]) -> dict[str, Any]:
     return {"error": cases.relative_error(y, expected)}
 
 
+def layer_of_experts(request: dict[str, Any]) -> dict[str, Any]:
+    """Run whole layers of experts, warm up for one; return how far off they are, and the plans that were warmed up."""
+    from neuqi_kernels import experts_reference, layout, moe_reference
+    from neuqi_kernels.experts import ExpertsSpec
+    from neuqi_kernels.gpu import grouped_experts, moe_launch, moe_warm_up
+    from neuqi_kernels.gpu.moe_backend import TRITON_MOE
+    from neuqi_kernels.spec import GemmSpec
+
+    count, hidden, intermediate, bits, group = (
+        request[name] for name in ("experts", "hidden", "intermediate", "bits", "group_size")
+    )
+    specs = [
+        GemmSpec(n, k, width, group, "cpu", torch.bfloat16)
+        for (n, k), width in zip(((2 * intermediate, hidden), (hidden, intermediate)), bits, strict=True)
+    ]
+    spec = ExpertsSpec(count, specs[0], specs[1], "silu")
+    torch.manual_seed(0)
+    canonical, prepared = [], []
+    for one in specs:
+        codes = torch.randint(0, 1 << one.bits, (count * one.n, one.k), dtype=torch.uint8)
+        scale = ((torch.rand(count, one.n, one.groups) + 0.5) * 0.3 / (1 << one.bits)).half()
+        zero = (torch.rand(count, one.n, one.groups) * (1 << one.bits)).half()
+        canonical.append((layout.pack(codes, one.bits).view(count, one.n, -1), scale, zero))
+        prepared.append(TRITON_MOE.prepare(*canonical[-1], one))
+
+    def run(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, elsewhere: Any = None) -> torch.Tensor:
+        def align(topk_ids: torch.Tensor, block: int) -> Any:
+            return moe_reference.align_routes(topk_ids, count, block, elsewhere)
+
+        def activate(into: torch.Tensor, pairs: torch.Tensor) -> None:
+            into.copy_(experts_reference.ACTIVATIONS["silu"](pairs.float()))
+
+        return grouped_experts.run(TRITON_MOE, spec, x, *prepared, weights, ids, align, activate)
+
+    def error(tokens: int, top_k: int, absent: int | None) -> float:
+        x = torch.randn(tokens, hidden).bfloat16()
+        weights, ids = torch.rand(tokens, count).topk(top_k)
+        mapped = torch.arange(count)
+        if absent is not None:
+            mapped[absent] = -1
+        y = run(x, weights, ids.to(torch.int32), mapped)
+        options = (bits[0], group, bits[1], group, "silu")
+        expected = experts_reference.experts(x, *canonical, None, None, weights, mapped[ids], *options)
+        return float((y.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+    ran: list[str] = []
+    launch = moe_launch.moe_gemm
+
+    def noting(chosen: Any, *tensors: Any) -> torch.Tensor:
+        ran.append(f"{chosen.kernel} {chosen.block_m}")
+        return launch(chosen, *tensors)
+
+    errors = [error(**case) for case in request["cases"]]
+    moe_launch.moe_gemm = noting
+    moe_warm_up.MOST_TOKENS = request["most_tokens"]
+    try:
+        for _ in range(2):
+            moe_warm_up.warm_up_experts(run, spec, 2, torch.device("cpu"))
+    finally:
+        moe_launch.moe_gemm = launch
+    return {"errors": errors, "warmed": ran}
+
+
 def repack(request: dict[str, Any]) -> dict[str, Any]:
     """Repack random words, of several experts where ``experts`` is above 0, with the kernel and with its slow twin."""
     from neuqi_kernels import layout

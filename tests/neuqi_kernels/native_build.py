@@ -48,6 +48,7 @@ def build(
     # The longest first.
     jobs = [(CSRC / source, own) for _, source, own in variants]
     jobs += [(CSRC / source, [*macros, *common_flags]) for source in reversed(setup["COMMON"])]
+    jobs += [(CSRC / "gated.cpp", [*setup["EXACT"], *common_flags])]
     jobs += [(FOLDER / "native_driver.cpp", ["-ffp-contract=off", f"-I{CSRC}", *common_flags])]
 
     def compile_file(job: tuple[Path, list[str]]) -> Path:

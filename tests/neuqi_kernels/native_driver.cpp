@@ -23,6 +23,11 @@ void neuqi_cpu_dequantize(const void* tiles, float* weight, int64_t n, int64_t k
                           int scale_kind, int threads);
 int neuqi_cpu_gemm(int isa, const void* x, const void* tiles, const void* bias, void* y, int64_t m, int64_t n,
                    int64_t k, int bits, int64_t group, int x_kind, int scale_kind, int bias_kind, int threads);
+int neuqi_cpu_experts(int isa, const void* x, const void* first_tiles, const void* first_bias,
+                      const void* second_tiles, const void* second_bias, const void* ids, const void* weights, void* y,
+                      int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden, int64_t intermediate,
+                      int first_bits, int64_t first_group, int second_bits, int64_t second_group, int kind,
+                      int scale_kind, int bias_kind, int activation, int threads);
 int neuqi_cpu_gather(const void* tiles, const void* ids, void* y, int64_t count, int64_t n, int64_t k, int bits,
                      int64_t group, int scale_kind, int y_kind, int threads);
 uint64_t neuqi_cpu_read(const void* data, int64_t bytes, int threads);
@@ -263,6 +268,49 @@ void run_case(const Case& c, int usable, Random& random, int64_t (&counts)[kIsas
   }
 }
 
+// Tiles of `experts` random layers, one after the other, in a buffer of exactly their size.
+Buffer random_experts(int64_t experts, int64_t n, int64_t k, int bits, int64_t group, Random& random) {
+  const int64_t bytes = (n + 15) / 16 * neuqi_cpu_tile_bytes(k, bits, group, kFloat32), words = k * bits / 32;
+  Buffer tiles(experts * bytes, 0, 64);
+  for (int64_t e = 0; e < experts; ++e) {
+    std::vector<uint32_t> qweight(static_cast<size_t>(n * words));
+    for (uint32_t& word : qweight) word = random.next();
+    std::vector<float> scale(static_cast<size_t>(n * (k / group))), zero(scale.size());
+    for (float& value : scale) value = float(random.uniform() / (1 << bits));
+    for (float& value : zero) value = float(random.uniform() * (1 << bits));
+    neuqi_cpu_repack(qweight.data(), scale.data(), zero.data(), tiles.data() + e * bytes, n, k, bits, group, kFloat32, 1);
+  }
+  return tiles;
+}
+
+// Experts with and without routes, and routes of other ranks: every instruction set gives the bits of `portable`.
+void run_experts(int bits, int kind, int64_t tokens, int usable, Random& random) {
+  constexpr int64_t kExperts = 5, kTopK = 3, kHidden = 64, kIntermediate = 96, kGroup = 32;
+  const Buffer first = random_experts(kExperts, 2 * kIntermediate, kHidden, bits, kGroup, random);
+  const Buffer second = random_experts(kExperts, kHidden, kIntermediate, bits, kGroup, random);
+  const int bytes = kind_bytes(kind), activation = int(random.next() % kActivationCount);
+  Buffer x(tokens * kHidden * bytes, bytes);
+  for (int64_t i = 0; i < tokens * kHidden; ++i) store_scalar(x.data(), i, kind, float(random.symmetric()));
+  std::vector<int32_t> ids(static_cast<size_t>(tokens * kTopK));
+  for (int32_t& id : ids) id = int32_t(random.next() % kExperts) - 1;
+  std::vector<float> weights(ids.size());
+  for (float& weight : weights) weight = float(random.uniform());
+  const auto run = [&](int isa, int threads) {
+    Buffer y(tokens * kHidden * bytes, bytes);
+    if (neuqi_cpu_experts(isa, x.data(), first.data(), nullptr, second.data(), nullptr, ids.data(), weights.data(),
+                          y.data(), tokens, kTopK, kExperts, kHidden, kIntermediate, bits, kGroup, bits, kGroup, kind,
+                          kFloat32, 0, activation, threads))
+      fail("memory is short", "experts");
+    return y;
+  };
+  const Buffer expected = run(0, 1);
+  for (int64_t i = 0; i < tokens * kHidden; ++i)
+    if (!std::isfinite(load_scalar(expected.data(), i, kind))) fail("a result that is not finite", "experts");
+  for (int isa = 0; isa < kIsas; ++isa)
+    if (usable >> isa & 1 && std::memcmp(run(isa, 3).data(), expected.data(), size_t(tokens * kHidden * bytes)))
+      fail("experts differ from portable on one thread", kNames[isa]);
+}
+
 // Everything that is not enumerated is drawn.
 Case draw(int bits, int64_t group, int64_t k, int x_kind, int64_t m, Random& random) {
   constexpr int64_t kRows[] = {1, 17, 35, 51, 67};
@@ -299,6 +347,9 @@ int main(int count, char** arguments) {
           const Case c = draw(bits, group[0], group[1], x_kind, m, random);
           if (index++ % stride == 0) run_case(c, usable, random, counts);
         }
+  for (int bits : kBits)
+    for (int kind = 0; kind < 3; ++kind)
+      for (int64_t tokens : {1, 4, 19}) run_experts(bits, kind, tokens, usable, random);
   Buffer megabyte(1 << 20, 0, 64);
   if (neuqi_cpu_read(megabyte.data(), 1 << 20, 3) != uint64_t(0) - (1 << 17)) fail("a wrong sum", "read");
   for (int isa = 0; isa < kIsas; ++isa)

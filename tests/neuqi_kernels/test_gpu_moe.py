@@ -54,6 +54,22 @@ def test_bias_then_the_routers_weight_and_zeros_for_experts_elsewhere(
     assert interpreter.run(case)["error"] < TOLERANCE[case["dtype"]]
 
 
+def test_a_whole_layer_agrees_with_its_definition_and_warms_up_every_plan(interpreter: Any) -> None:
+    """The second product sees routes as rows; experts of another rank count nothing; widths of their own."""
+    shape = {"experts": 4, "hidden": 288, "intermediate": 160, "bits": (2, 4), "group_size": 32}
+    cases = [
+        {"tokens": 1, "top_k": 2, "absent": None},
+        {"tokens": 9, "top_k": 3, "absent": 2},
+        {"tokens": 70, "top_k": 1, "absent": None},
+    ]
+    result = interpreter.run({"task": "layer_of_experts", **shape, "cases": cases, "most_tokens": 64})
+    # The pairs and the parts are rounded to bf16 too.
+    assert max(result["errors"]) < 4 * TOLERANCE["bfloat16"]
+    # Few and many routes of small blocks, then large ones, both products each; a second layer of the kind runs nothing.
+    kernels = ("moe_decode_mm 8", "moe_decode_mm 16", "moe_prefill_mm 64")
+    assert result["warmed"] == [name for name in kernels for _ in range(2)]
+
+
 def test_routes_are_sorted_as_vllm_documents_it() -> None:
     sorted_ids, expert_ids, total = moe_reference.align_routes(TOPK_IDS, 5, 4)
     assert sorted_ids.tolist() == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]

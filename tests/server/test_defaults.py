@@ -9,9 +9,11 @@ import pytest
 
 from neuqi_serve.errors import DoesNotFitError
 from neuqi_serve.server.defaults import (
+    ACCELERATOR_QUEUE,
     BLOCK_TOKENS,
     KV_CACHE_MAX_BYTES,
     MAX_MODEL_LEN,
+    MIN_QUEUE,
     RUNTIME_BYTES,
     SHUTDOWN_TIMEOUT_SECONDS,
     KvShape,
@@ -133,8 +135,17 @@ def test_one_process_runs_the_engine_unless_the_model_is_spread() -> None:
     assert "distributed_executor_backend" not in _chosen(_machine(), SMALL, pipeline_parallel_size=2)
 
 
-def test_an_accelerator_keeps_its_own_defaults_but_for_the_deadline() -> None:
-    assert _chosen(_machine(on_cpu=False), LARGE) == {"shutdown_timeout": SHUTDOWN_TIMEOUT_SECONDS}
+def test_an_accelerator_keeps_its_own_defaults_but_for_the_deadline_and_the_queue() -> None:
+    chosen = _chosen(_machine(on_cpu=False), LARGE)
+    assert chosen == {"shutdown_timeout": SHUTDOWN_TIMEOUT_SECONDS, "max_num_queued_reqs": ACCELERATOR_QUEUE}
+
+
+def test_as_many_requests_wait_as_run() -> None:
+    assert _chosen(_machine(cores=3), SMALL)["max_num_queued_reqs"] == 2 * 24
+    assert _chosen(_machine(), SMALL, max_num_seqs=5)["max_num_queued_reqs"] == 10
+    assert _chosen(_machine(), SMALL, max_num_seqs=1)["max_num_queued_reqs"] == MIN_QUEUE
+    assert _chosen(_machine(on_cpu=False), SMALL, max_num_seqs=70)["max_num_queued_reqs"] == 140
+    assert "max_num_queued_reqs" not in _chosen(_machine(), SMALL, max_num_queued_reqs=9)
 
 
 def test_more_cores_run_more_requests_up_to_a_bound() -> None:

@@ -62,7 +62,7 @@ def _publish(client: _Client, seconds: float = 0.2) -> CollectorRegistry:
     async def run() -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await endpoints._publish(client, NeuqiMetrics(registry), "m", "api")
+                await endpoints._publish(client, NeuqiMetrics(registry), "m", "api", [])
 
     asyncio.run(run())
     return registry
@@ -123,7 +123,9 @@ class _Rank(_Client):
 
 
 def _watch(args: Namespace, timeout: int | None, client: _Client | None = None) -> Any:
-    server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=timeout), started=False)
+    server = SimpleNamespace(
+        config=SimpleNamespace(timeout_graceful_shutdown=timeout, http_protocol_class=object), started=False
+    )
     state = SimpleNamespace()
 
     async def run() -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +22,25 @@ from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import UsageError
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.server.command_line import OwnOptions
-from neuqi_serve.server.defaults import SHUTDOWN_TIMEOUT_SECONDS, Choice
+from neuqi_serve.server.defaults import Choice
 from neuqi_serve.server.endpoints import GRACEFUL_SHUTDOWN_SECONDS
-from neuqi_serve.server.launch import check_settings, complete
+from neuqi_serve.server.launch import check_settings, complete, with_environment
 from neuqi_serve.server.served_model import ServedModel
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 512}
 BITS, GROUP_SIZE = 3, 64
+# As the fixture ``server`` says it.
+STREAMS, DRAIN_SECONDS = 32, 120
 # Ending the processes once everything is answered, on a machine that others use too.
 TEARDOWN_SECONDS = 40
 NEUQI = Path(sys.executable).with_name("neuqi")
 
 
 def _packed(bits: int = 3, group_size: int = 64) -> ServedModel:
-    return ServedModel("p", "/p", CONFIG, "packed", method="neuqi", spec=WeightSpec(bits, group_size))
+    recipe = QuantizationRecipe(WeightSpec(bits, group_size))
+    return ServedModel(
+        "p", "/p", CONFIG, "packed", method="neuqi", spec=WeightSpec(bits, group_size), recipe=recipe
+    )
 
 
 def _plain(name: str = "m") -> ServedModel:
@@ -115,6 +122,32 @@ def test_settings_for_an_unquantized_model_travel_in_the_overrides() -> None:
     assert args.hf_overrides["quantization_config"]["bits"] == 2
     assert args.hf_overrides["quantization_config"]["online"] is True
     assert (args.model_tag, args.served_model_name, args.max_num_seqs) == ("/models/m", ["m"], 16)
+
+
+def test_options_go_before_the_environment_and_all_are_one_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUQI_BITS", "2")
+    monkeypatch.setenv("NEUQI_GROUP_SIZE", "64")
+    args = _completed(
+        _plain(),
+        OwnOptions(bits=3),
+        quantization_config={"preset": "fast"},
+        additional_config={"neuqi": {"lm_head_bits": 4}},
+    )
+    settings = args.hf_overrides["quantization_config"]
+    assert {key: settings[key] for key in ("bits", "group_size", "preset", "lm_head_bits")} == {
+        "bits": 3,
+        "group_size": 64,
+        "preset": "fast",
+        "lm_head_bits": 4,
+    }
+    assert args.quantization_config is None
+    with pytest.raises(UsageError, match="3 from --bits and 4 from --quantization-config"):
+        _completed(_plain(), OwnOptions(bits=3), quantization_config={"bits": 4})
+    assert with_environment(OwnOptions(), _plain()).spec() == WeightSpec(2, 64)
+    # A packed model has its own.
+    assert with_environment(OwnOptions(), _packed()) == OwnOptions()
+    with pytest.raises(UsageError, match="as the checkpoint is packed, got 2 from --quantization-config"):
+        _completed(_packed(), OwnOptions(), quantization_config={"bits": 2})
 
 
 @pytest.mark.parametrize(
@@ -270,24 +303,61 @@ def test_a_second_server_on_the_port_ends_with_its_own_code(server: Any, model_f
     assert done.stdout == ""
 
 
-def test_sigterm_lets_a_running_request_finish_and_ends_with_code_0(server: Any) -> None:
-    engines = server.children()
-    assert engines
+def test_quantizing_is_a_span_of_the_trace(server: Any, collector: Any) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not collector.has(b"neuqi.quantize"):
+        time.sleep(0.1)
+    assert collector.has(b"neuqi.quantize")
+    assert collector.has(b"neuqi.layers")
+    assert collector.has(b"EngineCore")
+
+
+def test_sigterm_with_many_streams_in_flight_loses_none(server: Any) -> None:
+    children = server.children()
+    assert len(children) >= 2
     reasons: list[str | None] = []
-    started = threading.Event()
+    running = threading.Barrier(STREAMS + 1)
 
     def read() -> None:
-        for event in _ask(server, tokens=200, stream=True):
-            started.set()
-            reasons.extend(choice.finish_reason for choice in event.choices)
+        last = None
+        for number, event in enumerate(_ask(server, tokens=60, stream=True)):
+            if number == 0:
+                running.wait(120)
+            last = event.choices[0].finish_reason
+        reasons.append(last)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert started.wait(60)
-    stopped_at = time.monotonic()
+    readers = [threading.Thread(target=read) for _ in range(STREAMS)]
+    for reader in readers:
+        reader.start()
+    running.wait(120)
     os.kill(server.process.pid, signal.SIGTERM)
-    deadline = SHUTDOWN_TIMEOUT_SECONDS + GRACEFUL_SHUTDOWN_SECONDS + TEARDOWN_SECONDS
-    assert server.process.wait(deadline) == 0
-    reader.join(10)
-    assert reasons[-1] == "length", f"the stream was cut off after {time.monotonic() - stopped_at:.1f} s"
-    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+    code, body = _refusal(f"{server.url}/v1/models")
+    assert (code, json.loads(body)["error"]["code"]) == (503, "server_draining")
+    assert _get(f"{server.url}/health")[0] == 503
+    assert json.loads(_get(f"{server.status_url}/readyz")[1]) == {"ready": False, "reason": "stopping"}
+    assert _get(f"{server.status_url}/livez")[0] == 200
+    assert "neuqi_bits_per_weight" in _get(f"{server.url}/metrics")[1]
+    assert server.process.wait(DRAIN_SECONDS + GRACEFUL_SHUTDOWN_SECONDS + TEARDOWN_SECONDS) == 0
+    for reader in readers:
+        reader.join(10)
+    assert reasons == ["length"] * STREAMS
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def _get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def _refusal(url: str) -> tuple[int, str]:
+    """Ask until the signal has been handled, which is a matter of milliseconds."""
+    answer = _get(url)
+    for _ in range(100):
+        if answer[0] != 200:
+            break
+        time.sleep(0.02)
+        answer = _get(url)
+    return answer

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from neuqi_serve.server.metrics import NeuqiMetrics, ProcessMemory, own_memory, summarize_reports
+from neuqi_serve.server.metrics import NeuqiMetrics, summarize_reports
+from neuqi_serve.server.process_memory import ProcessMemory, own_memory
 
 
 def _report(rank: int, **changes: Any) -> dict[str, Any]:

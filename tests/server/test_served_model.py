@@ -142,6 +142,10 @@ def test_the_language_part_of_a_model_of_several_is_checked() -> None:
         check_on_the_fly(_model(text_config={"hidden_size": 96}), WeightSpec(4, 128))
 
 
-def test_a_mixture_of_experts_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"num_local_experts = 8.*--no-quantize"):
-        check_on_the_fly(_model(num_local_experts=8), WeightSpec())
+def test_the_group_size_must_divide_the_experts_rows() -> None:
+    # Dense layers that no block of this model has need not fit.
+    sizes = {"num_experts": 8, "hidden_size": 256, "head_dim": 128}
+    fits = _model(**sizes, intermediate_size=96, moe_intermediate_size=128)
+    check_on_the_fly(fits, WeightSpec(group_size=128))
+    with pytest.raises(UsageError, match=r"moe_intermediate_size.*96"):
+        check_on_the_fly(_model(**sizes, moe_intermediate_size=96), WeightSpec())

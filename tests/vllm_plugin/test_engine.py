@@ -87,13 +87,22 @@ def answers(tiny_llama: Path, packed: Path, engine: Callable[..., Any]) -> dict[
     result: dict[str, Any] = {}
     with engine(tiny_llama, **overrides(SPEC)) as llm:
         result["online"], result["online report"] = generate(llm), report(llm)
+        llm.collective_rpc("reload_weights")
+        result["online, loaded again"] = generate(llm)
     with engine(packed) as llm:
         result["packed"], result["packed report"] = generate(llm), report(llm)
+        llm.collective_rpc("reload_weights")
+        result["packed, loaded again"] = generate(llm)
     return result
 
 
 def test_packed_and_on_the_fly_answer_alike_to_the_bit(answers: dict[str, Any]) -> None:
     assert answers["packed"] == answers["online"]
+
+
+@pytest.mark.parametrize("road", ["online", "packed"])
+def test_weights_can_be_loaded_again(answers: dict[str, Any], road: str) -> None:
+    assert answers[f"{road}, loaded again"] == answers[road]
 
 
 def test_answers_are_those_of_transformers_with_dequantized_weights(
@@ -169,6 +178,15 @@ def test_additional_config_overrides_the_defaults(tiny_llama: Path, engine: Call
     assert (told["weight_bytes"]["packed"], told["weight_bytes"]["scale_zero"]) == expected_bytes(
         tiny_llama, spec
     )
+
+
+def test_two_sources_of_bits_are_refused(tiny_llama: Path, engine: Callable[..., Any]) -> None:
+    options = overrides(SPEC) | {"additional_config": {"neuqi": {"bits": 2}}}
+    with (
+        pytest.raises(Exception, match="one bits, got 3 from --hf-overrides and 2 from --additional-config"),
+        engine(tiny_llama, **options),
+    ):
+        pass
 
 
 def test_bits_are_part_of_the_compile_cache_key(tiny_llama: Path) -> None:
@@ -260,8 +278,8 @@ def test_recipe_per_layer_and_skip_list_hold(tiny_llama: Path, engine: Callable[
         "bits": 4,
         "group_size": 32,
         "online": True,
-        "modules": {"down_proj": {"bits": 2, "group_size": 32}},
-        "modules_to_not_convert": ["lm_head", "embed_tokens", "model.layers.1.self_attn.o_proj"],
+        "modules": {"re:mlp.down_": {"bits": 2, "group_size": 32}, "qkv_proj": {"bits": 3}},
+        "modules_to_not_convert": ["lm_head", "embed_tokens", r"re:layers\.1\..*\.o_proj$"],
     }
     with engine(tiny_llama, hf_overrides={"quantization_config": settings}) as llm:
         told = report(llm)
@@ -270,6 +288,7 @@ def test_recipe_per_layer_and_skip_list_hold(tiny_llama: Path, engine: Callable[
         kind = name.split(".")[-2]
         # Names of the list stay; what the list does not name keeps its default.
         if kind in LINEARS and name.endswith(".weight") and name != "model.layers.1.self_attn.o_proj.weight":
-            expected += tensor.numel() * (2 if kind == "down_proj" else 4) // 8
+            width = {"down_proj": 2, "q_proj": 3, "k_proj": 3, "v_proj": 3}.get(kind, 4)
+            expected += tensor.numel() * width // 8
     assert told["weight_bytes"]["packed"] == expected
     assert told["layers"] == 7

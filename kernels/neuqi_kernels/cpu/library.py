@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # Must be `kAbi` of csrc/entry.cpp.
-ABI = 4
+ABI = 5
 PATH = Path(__file__).with_name("libneuqi_cpu.so")
 # In the order of `Isa` in csrc/entry.cpp, weakest first within an architecture.
 INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon")
@@ -25,6 +25,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "neuqi_cpu_repack": (None, [_POINTER] * 4 + [_LONG, _LONG, _INT, _LONG, _INT, _INT]),
     "neuqi_cpu_dequantize": (None, [_POINTER] * 2 + [_LONG, _LONG, _INT, _LONG, _INT, _INT]),
     "neuqi_cpu_gemm": (_INT, [_INT] + [_POINTER] * 4 + [_LONG] * 3 + [_INT, _LONG] + [_INT] * 4),
+    "neuqi_cpu_experts": (_INT, [_INT] + [_POINTER] * 8 + [_LONG] * 5 + [_INT, _LONG] * 2 + [_INT] * 5),
     "neuqi_cpu_gather": (_INT, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _LONG] + [_INT] * 3),
     "neuqi_cpu_read": (ctypes.c_uint64, [_POINTER, _LONG, _INT]),
 }

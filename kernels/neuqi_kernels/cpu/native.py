@@ -116,12 +116,9 @@ class NativeBackend:
         Raises:
             ValueError: the tensors do not belong together, a dtype is not supported, or memory is short.
         """
-        loaded = self._loaded
-        if isinstance(loaded, str):
-            raise ValueError(f"expected a usable backend, cpu_native refuses: {loaded}. Choose another.")
-        library, isa = loaded
+        library, isa = self.require()
         k = x.shape[-1]
-        shape, group, kind, scale_kind = _call_plan(n, k, bits, group_size, x.dtype, scale.dtype)
+        shape, group, kind, scale_kind = call_plan(n, k, bits, group_size, x.dtype, scale.dtype)
         # The library trusts its pointers: a wrong shape must not reach it.
         if qweight.shape != shape or not qweight.is_contiguous():
             raise ValueError(
@@ -171,10 +168,8 @@ class NativeBackend:
             IndexError: an id is not in ``[0, n)``.
             ValueError: the tensors do not belong together, or a dtype is not supported.
         """
-        loaded = self._loaded
-        if isinstance(loaded, str):
-            raise ValueError(f"expected a usable backend, cpu_native refuses: {loaded}. Choose another.")
-        shape, group, kind, scale_kind = _call_plan(n, k, bits, group_size, dtype, scale.dtype)
+        library, _ = self.require()
+        shape, group, kind, scale_kind = call_plan(n, k, bits, group_size, dtype, scale.dtype)
         if qweight.shape != shape or not qweight.is_contiguous():
             raise ValueError(
                 f"expected weights prepared for N={n}, K={k}, {bits} bits and groups of {group} as contiguous "
@@ -182,7 +177,7 @@ class NativeBackend:
             )
         rows = ids.to(torch.int64).contiguous()
         y = torch.empty((*ids.shape, k), dtype=dtype)
-        failed = loaded[0].neuqi_cpu_gather(
+        failed = library.neuqi_cpu_gather(
             qweight.data_ptr(),
             rows.data_ptr(),
             y.data_ptr(),
@@ -220,6 +215,17 @@ class NativeBackend:
         )
         return weight
 
+    def require(self) -> tuple[ctypes.CDLL, int]:
+        """Return the library and the number of the instruction set.
+
+        Raises:
+            ValueError: there is no library.
+        """
+        loaded = self._loaded
+        if isinstance(loaded, str):
+            raise ValueError(f"expected a usable backend, cpu_native refuses: {loaded}. Choose another.")
+        return loaded
+
     def _require(self, spec: GemmSpec) -> tuple[ctypes.CDLL, int]:
         reason = self.refuse(spec)
         if reason is not None or isinstance(self._loaded, str):
@@ -230,7 +236,7 @@ class NativeBackend:
 
 
 @functools.cache
-def _call_plan(
+def call_plan(
     n: int, k: int, bits: int, group_size: int, dtype: torch.dtype, scale_dtype: torch.dtype
 ) -> tuple[tuple[int, int], int, int, int]:
     """Return the shape of the prepared weights, the group size and the kinds of activations and scales."""

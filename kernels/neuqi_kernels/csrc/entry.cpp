@@ -17,33 +17,36 @@
 namespace {
 
 // Raise with every change of the functions below or of the tile layout.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 // Instruction sets, weakest first within an architecture; the numbers are part of the interface.
 enum Isa { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Vnni = 4, kNeon = 5, kIsaCount = 6 };
 
-using Gemm = bool (*)(const neuqi::GemmArgs&);
+struct Kernels {
+  bool (*gemm)(const neuqi::GemmArgs&) = nullptr;
+  int (*experts)(const neuqi::ExpertsArgs&) = nullptr;
+};
 
-// The function of an instruction set, or null where it is not compiled in.
-Gemm gemm_of(int isa) {
+// The functions of an instruction set, null where it is not compiled in.
+Kernels kernels_of(int isa) {
   switch (isa) {
-    case kPortable: return neuqi::gemm_portable;
+    case kPortable: return {neuqi::gemm_portable, neuqi::experts_portable};
 #ifdef NEUQI_HAS_AVX2
-    case kAvx2: return neuqi::gemm_avx2;
+    case kAvx2: return {neuqi::gemm_avx2, neuqi::experts_avx2};
 #endif
 #ifdef NEUQI_HAS_AVX_VNNI
-    case kAvxVnni: return neuqi::gemm_avx_vnni;
+    case kAvxVnni: return {neuqi::gemm_avx_vnni, neuqi::experts_avx_vnni};
 #endif
 #ifdef NEUQI_HAS_AVX512
-    case kAvx512: return neuqi::gemm_avx512;
+    case kAvx512: return {neuqi::gemm_avx512, neuqi::experts_avx512};
 #endif
 #ifdef NEUQI_HAS_AVX512_VNNI
-    case kAvx512Vnni: return neuqi::gemm_avx512_vnni;
+    case kAvx512Vnni: return {neuqi::gemm_avx512_vnni, neuqi::experts_avx512_vnni};
 #endif
 #ifdef NEUQI_HAS_NEON
-    case kNeon: return neuqi::gemm_neon;
+    case kNeon: return {neuqi::gemm_neon, neuqi::experts_neon};
 #endif
-    default: return nullptr;
+    default: return {};
   }
 }
 
@@ -104,7 +107,7 @@ NEUQI_EXPORT int neuqi_cpu_abi() { return kAbi; }
 // Bit i: instruction set i is compiled in / is offered by this CPU.
 NEUQI_EXPORT int neuqi_cpu_built() {
   int mask = 0;
-  for (int isa = kPortable; isa < kIsaCount; ++isa) mask |= int(gemm_of(isa) != nullptr) << isa;
+  for (int isa = kPortable; isa < kIsaCount; ++isa) mask |= int(kernels_of(isa).gemm != nullptr) << isa;
   return mask;
 }
 
@@ -136,8 +139,37 @@ NEUQI_EXPORT int neuqi_cpu_gemm(int isa, const void* x, const void* tiles, const
                                 int64_t n, int64_t k, int bits, int64_t group, int x_kind, int scale_kind,
                                 int bias_kind, int threads) {
   neuqi::GemmArgs args{{n, k, group, bits, scale_kind}, static_cast<const uint8_t*>(tiles), x, bias, y, m, x_kind,
-                       bias_kind, threads};
-  return !gemm_of(isa)(args);
+                       bias_kind, threads, x_kind, nullptr};
+  return !kernels_of(isa).gemm(args);
+}
+
+// y [tokens, hidden] = Σ over the top_k experts of a token of weight · (activation(x · Ŵ₁ᵀ + b₁) · Ŵ₂ᵀ + b₂), in the type
+// of x. ids int32, weights float32 [tokens, top_k], top_k at most 64; negative ids count nothing. The tiles and biases of
+// the experts lie one after the other. Returns 0, 1 when memory is short, 2 when an id is not below `experts`.
+NEUQI_EXPORT int neuqi_cpu_experts(int isa, const void* x, const void* first_tiles, const void* first_bias,
+                                   const void* second_tiles, const void* second_bias, const void* ids,
+                                   const void* weights, void* y, int64_t tokens, int64_t top_k, int64_t experts,
+                                   int64_t hidden, int64_t intermediate, int first_bits, int64_t first_group,
+                                   int second_bits, int64_t second_group, int kind, int scale_kind, int bias_kind,
+                                   int activation, int threads) {
+  neuqi::ExpertsArgs args{{2 * intermediate, hidden, first_group, first_bits, scale_kind},
+                          {hidden, intermediate, second_group, second_bits, scale_kind},
+                          static_cast<const uint8_t*>(first_tiles),
+                          static_cast<const uint8_t*>(second_tiles),
+                          first_bias,
+                          second_bias,
+                          x,
+                          static_cast<const int32_t*>(ids),
+                          static_cast<const float*>(weights),
+                          y,
+                          tokens,
+                          top_k,
+                          experts,
+                          kind,
+                          bias_kind,
+                          activation,
+                          threads};
+  return kernels_of(isa).experts(args);
 }
 
 // Reads `bytes` (whole chunks of 1 MiB) once and returns a sum of them: the yardstick of the benchmarks.

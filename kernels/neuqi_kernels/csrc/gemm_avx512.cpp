@@ -7,6 +7,7 @@
 namespace neuqi {
 
 bool gemm_avx512(const GemmArgs& args) { return gemm<Avx512>(args); }
+int experts_avx512(const ExpertsArgs& args) { return experts<Avx512>(args); }
 
 }  // namespace neuqi
 

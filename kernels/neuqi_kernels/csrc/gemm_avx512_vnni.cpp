@@ -8,6 +8,7 @@
 namespace neuqi {
 
 bool gemm_avx512_vnni(const GemmArgs& args) { return gemm<Avx512>(args); }
+int experts_avx512_vnni(const ExpertsArgs& args) { return experts<Avx512>(args); }
 
 }  // namespace neuqi
 

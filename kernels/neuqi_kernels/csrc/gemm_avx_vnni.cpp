@@ -8,6 +8,7 @@
 namespace neuqi {
 
 bool gemm_avx_vnni(const GemmArgs& args) { return gemm<Avx2>(args); }
+int experts_avx_vnni(const ExpertsArgs& args) { return experts<Avx2>(args); }
 
 }  // namespace neuqi
 

@@ -7,6 +7,7 @@
 namespace neuqi {
 
 bool gemm_neon(const GemmArgs& args) { return gemm<Neon>(args); }
+int experts_neon(const ExpertsArgs& args) { return experts<Neon>(args); }
 
 }  // namespace neuqi
 

@@ -5,5 +5,6 @@
 namespace neuqi {
 
 bool gemm_portable(const GemmArgs& args) { return gemm<Portable>(args); }
+int experts_portable(const ExpertsArgs& args) { return experts<Portable>(args); }
 
 }  // namespace neuqi

@@ -101,7 +101,28 @@ struct GemmArgs {
   const void* bias;
   void* y;
   int64_t m;
-  int x_kind, bias_kind, threads;
+  int x_kind, bias_kind, threads, y_kind;
+  // The row of `x` behind each of the m rows, where they are not the rows of `x` in order.
+  const int32_t* rows;
+
+  int64_t source(int64_t row) const { return rows ? rows[row] : row; }
+};
+
+// How the two halves of a row of the first product become one; see activation_value in gated.cpp.
+enum Activation { kSilu = 0, kGelu = 1, kGeluTanh = 2, kSwigluOai = 3, kActivationCount = 4 };
+
+// The experts of a layer: Ŵ₁ [2·intermediate, hidden] and Ŵ₂ [hidden, intermediate] of each, one after the other.
+// `ids [tokens, top_k]`: experts, negative where another rank has them; `weights`: what each counts.
+struct ExpertsArgs {
+  Geometry first, second;
+  const uint8_t *first_tiles, *second_tiles;
+  const void *first_bias, *second_bias;
+  const void* x;
+  const int32_t* ids;
+  const float* weights;
+  void* y;
+  int64_t tokens, top_k, experts;
+  int kind, bias_kind, activation, threads;
 };
 
 }  // namespace neuqi

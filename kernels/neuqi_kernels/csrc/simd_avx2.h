@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "driver.h"
+#include "experts.h"
 
 namespace neuqi {
 namespace {

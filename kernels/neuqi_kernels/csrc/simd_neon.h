@@ -3,7 +3,7 @@
 
 #include <arm_neon.h>
 
-#include "driver.h"
+#include "experts.h"
 
 namespace neuqi {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "driver.h"
+#include "experts.h"
 
 namespace neuqi {
 namespace {

@@ -1,0 +1,1 @@
+"""What ``quality.py --peers`` compares with: other quantizers from their own packages, and texts to compare on."""

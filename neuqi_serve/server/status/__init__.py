@@ -1,0 +1,1 @@
+"""The status port: a small process that answers probes from the first second to the last."""
