@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuqi_serve.config import VocabularyBits, WeightSpec
 from neuqi_serve.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from neuqi_serve.pipeline.calibrate import CalibrationRun
+    from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES, DEFAULT_CONTEXT = 128, 2048
@@ -69,31 +69,55 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_calibrated(args: argparse.Namespace, folder: Path, device: str) -> CalibrationRun:
-    """Quantize with the text of ``--calibrate``.
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together, before any work.
 
     Raises:
-        UsageError: an option that calibration cannot use, or a text that is none.
+        UsageError: an importance beside a text, or options of calibration without one.
     """
-    if args.importance is not None:
+    if args.calibrate is not None and args.importance is not None:
         raise UsageError(
             "expected --calibrate or --importance, got both: a calibration measures importance itself. Leave one out."
         )
+    given = {
+        "--samples": args.samples != DEFAULT_SAMPLES,
+        "--context": args.context is not None,
+        "--rounding": args.rounding != "ldlq",
+        "--no-refit": not args.refit,
+        "--magr": args.magr != 0,
+        "--rotate": args.rotate,
+        "--restart": args.restart,
+    }
+    if args.calibrate is None and any(given.values()):
+        option = next(name for name, is_given in given.items() if is_given)
+        raise UsageError(
+            f"expected a text for {option}, got no --calibrate. Add --calibrate FILE or --calibrate {BUILTIN}."
+        )
+
+
+def run_calibrated(args: argparse.Namespace, folder: Path, settings: QuantizationSettings) -> CalibrationRun:
+    """Quantize as ``settings`` say with the text of ``--calibrate``.
+
+    Raises:
+        UsageError: a text that is none, and as ``quantize_with_text``.
+    """
     from neuqi_serve.pipeline.calibrate import CalibrationRecipe, quantize_with_text, rounding_recipe
 
     recipe = CalibrationRecipe(
-        WeightSpec(args.bits, args.group_size, args.scale_dtype),
-        rounding_recipe(args.preset, args.rounding, args.refit, args.magr),
+        settings.spec,
+        rounding_recipe(settings.preset, args.rounding, args.refit, args.magr),
         rotate=args.rotate,
-        vocabulary=VocabularyBits(args.lm_head_bits, args.embedding_bits),
+        vocabulary=settings.vocabulary,
+        exceptions=settings.exceptions,
+        budget=settings.budget,
     )
     return quantize_with_text(
         folder,
         args.output,
         recipe,
         calibration_tokens(args, folder),
-        device=device,
-        overwrite=args.overwrite,
+        device=settings.device,
+        overwrite=settings.overwrite,
         restart=args.restart,
         progress_stream=sys.stderr,
     )

@@ -52,10 +52,11 @@ class CalibrationRecipe:
     ``spec``: bits, group size and storage dtype. ``rounding``: of each matrix. ``correction``: share, 0 to 1, of the
     error of its inputs that each layer makes up for, which needs a second forward pass, of the original model.
     ``rotate``: turn the basis of the hidden states and of the attention's values by random Hadamard matrices first,
-    folded into the weights. ``seed``: of the rotation. ``vocabulary``: widths of output head and embedding.
+    folded into the weights. ``seed``: of the rotation. ``vocabulary``, ``exceptions``, ``budget``: as in
+    ``QuantizationSettings``.
 
     Raises:
-        UsageError: a correction outside 0 to 1.
+        UsageError: a correction outside 0 to 1, a rotation under a budget.
     """
 
     spec: WeightSpec = field(default_factory=WeightSpec)
@@ -64,10 +65,17 @@ class CalibrationRecipe:
     rotate: bool = False
     seed: int = 0
     vocabulary: VocabularyBits | None = None
+    exceptions: Mapping[str, WeightSpec] = field(default_factory=dict)
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.correction <= 1:
             raise UsageError(f"expected a correction from 0 to 1, got {self.correction}.")
+        if self.rotate and self.budget is not None:
+            raise UsageError(
+                "expected a rotation or a budget, got both: a rotation gives a tied output head weights of its own, "
+                "which the budget does not know. Leave --rotate out, or give a whole number of --bits."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what a manifest says about it, without what it says elsewhere (the spec)."""
@@ -89,6 +97,13 @@ class CalibrationRun:
     resumed_blocks: int
     peak_bytes: int
     device_bytes: int
+
+    def to_table(self) -> str:
+        """Return the summary's table, and below it what the run took."""
+        resumed = f", {self.resumed_blocks} blocks of an earlier run" if self.resumed_blocks else ""
+        device = f", {self.device_bytes / 2**20:.0f} MiB on the GPU" if self.device_bytes else ""
+        memory = f"{self.peak_bytes / 2**20:.0f} MiB of memory at most"
+        return f"{self.summary.to_table()}\ncalibrated with {memory}{device}{resumed}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -133,7 +148,14 @@ def quantize_with_text(
     """
     started = time.monotonic()
     settings = QuantizationSettings(
-        recipe.spec, recipe.rounding.preset, device, overwrite, shard_bytes, vocabulary=recipe.vocabulary
+        recipe.spec,
+        recipe.rounding.preset,
+        device,
+        overwrite,
+        shard_bytes,
+        vocabulary=recipe.vocabulary,
+        exceptions=recipe.exceptions,
+        budget=recipe.budget,
     )
     check_settings(settings)
     check_apart(model_dir, output)
@@ -143,7 +165,7 @@ def quantize_with_text(
     _check_tokens(sequences, source.config)
     if recipe.rotate:
         source = rotated_source(source, recipe.seed)
-    selection = select_modules(source, recipe.spec, recipe.vocabulary)
+    selection = select_modules(source, recipe.spec, recipe.vocabulary, recipe.exceptions)
     journal = Journal(output, _identity(source, recipe, sequences, device), restart)
     try:
         resumed = journal.finished
