@@ -1,6 +1,7 @@
 """What each step of the calibrated pipeline is worth: KL divergence from the original, at equal bytes.
 
     python benchmarks/calibration.py [--models DIR --text FILE] [--bits 2 3 4] [--group-sizes 64] [--methods …]
+        [--calibration 128] [--count 200]
 
 Every row is a whole run of ``neuqi quantize --calibrate`` into a packed folder, read back and computed with in float32
 after de-quantization; output head and embedding stay as they are, so that the rows differ in the blocks alone. The
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from harness import RESULTS, Record, table, write
-from importance import sequences_of
+from importance import CALIBRATION_SEQUENCES, sequences_of
 from torch import nn
 
 from neuqi_kernels.reference import dequantize
@@ -81,6 +82,7 @@ def measure(
     specs: Sequence[WeightSpec],
     methods: Sequence[str],
     count: int,
+    calibration_count: int,
     workers: int,
 ) -> list[Record]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,19 +91,21 @@ def measure(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     window = min(256, model.config.max_position_embeddings)
     calibration, evaluation = sequences_of(folder, text, tokenizer, window, count)
-    tokens = [torch.tensor(sequence.tokens) for sequence in calibration]
+    tokens = [torch.tensor(sequence.tokens) for sequence in calibration[:calibration_count]]
     work = batches(evaluation)
     logits = list(next_token_logits(model, work))
     name = "neuqi-demo" if text is None else folder.name
     records: list[Record] = []
 
-    def run(job: tuple[WeightSpec, str]) -> float | None:
+    def run(job: tuple[WeightSpec, str]) -> float:
         spec, method = job
         recipe = CalibrationRecipe(spec, vocabulary=VocabularyBits(16, 16), **METHODS[method])
         with tempfile.TemporaryDirectory() as scratch:
             quantize_with_text(folder, Path(scratch) / "packed", recipe, tokens)
             candidate = packed_model(model, Path(scratch) / "packed")
-        return measure_divergence(logits, next_token_logits(candidate, work), work).mean_nats
+        nats = measure_divergence(logits, next_token_logits(candidate, work), work).mean_nats
+        print(f"{name} {spec.bits} bits, group {spec.group_size}, {method}: {nats:.4g}", flush=True)
+        return nats
 
     for spec in specs:
         if spec.group_size != -1 and any(n % spec.group_size for n in lengths(model)):
@@ -139,16 +143,25 @@ def main() -> int:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[64, 32, -1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--count", type=int, default=700, help="sequences to measure on")
+    parser.add_argument(
+        "--calibration", type=int, default=CALIBRATION_SEQUENCES, help="sequences to calibrate on"
+    )
     parser.add_argument("--workers", type=int, default=1, help="methods measured at a time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.workers))
     specs = [WeightSpec(bits, group) for bits in options.bits for group in options.group_sizes]
     records: list[Record] = []
+    models: list[tuple[Path, Path | None]] = []
     if not options.no_demo:
-        records += measure(model_path(), None, specs, options.methods, options.count, options.workers)
-    for folder in sorted(options.models.iterdir()) if options.models else ():
-        records += measure(folder, options.text, specs, options.methods, options.count, options.workers)
+        models.append((model_path(), None))
+    models += [
+        (folder, options.text) for folder in (sorted(options.models.iterdir()) if options.models else ())
+    ]
+    for folder, text in models:
+        records += measure(
+            folder, text, specs, options.methods, options.count, options.calibration, options.workers
+        )
     print(table(records))
     print(f"written to {write('calibration', records, options.out)}")
     return 0
