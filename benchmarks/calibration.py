@@ -31,11 +31,13 @@ from neuqi_serve.demo import model_path
 from neuqi_serve.evaluate.teacher_forcing import batches, measure_divergence, next_token_logits
 from neuqi_serve.format.reader import open_checkpoint
 from neuqi_serve.pipeline.calibrate import CalibrationRecipe, quantize_with_text
+from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quantize_checkpoint
 from neuqi_serve.quant.calibrated import RoundingRecipe
 
 BASELINE = "gptq"
-# Name → recipe, without the spec.
-METHODS: dict[str, Mapping[str, Any]] = {
+# Name → recipe, without the spec; None: NeUQI without a text.
+METHODS: dict[str, Mapping[str, Any] | None] = {
+    "no text": None,
     "gptq": {"rounding": RoundingRecipe("minmax", refit=False)},
     "rtn": {"rounding": RoundingRecipe(rounding="rtn", refit=False)},
     "ldlq": {"rounding": RoundingRecipe(refit=False)},
@@ -99,9 +101,15 @@ def measure(
 
     def run(job: tuple[WeightSpec, str]) -> float:
         spec, method = job
-        recipe = CalibrationRecipe(spec, vocabulary=VocabularyBits(16, 16), **METHODS[method])
+        steps, vocabulary = METHODS[method], VocabularyBits(16, 16)
         with tempfile.TemporaryDirectory() as scratch:
-            quantize_with_text(folder, Path(scratch) / "packed", recipe, tokens)
+            packed = Path(scratch) / "packed"
+            if steps is None:
+                quantize_checkpoint(folder, packed, QuantizationSettings(spec, vocabulary=vocabulary))
+            else:
+                quantize_with_text(
+                    folder, packed, CalibrationRecipe(spec, vocabulary=vocabulary, **steps), tokens
+                )
             candidate = packed_model(model, Path(scratch) / "packed")
         nats = measure_divergence(logits, next_token_logits(candidate, work), work).mean_nats
         print(f"{name} {spec.bits} bits, group {spec.group_size}, {method}: {nats:.4g}", flush=True)

@@ -144,12 +144,15 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers package raises plain Exception for a file that it cannot read
         raise UnsupportedModelError(
             f"expected a tokenizer that transformers can load in {folder}, got none ({error}). Copy the tokenizer's "
             "files there."
         ) from error
+    # A text longer than the context is cut into windows: no warning is due.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def _builtin(tokenizer: Any, most_tokens: int, context: int) -> list[Tensor]:

@@ -43,6 +43,8 @@ from neuqi_serve.quant.quantize import PackedWeight, quantize_packed
 
 # Tokens that run through a block together.
 BATCH_TOKENS = 4096
+# Of the command line's recipe: rounding, coordinate descent of so many sweeps and refit, so many times.
+REFIT_ROUNDS, REFIT_SWEEPS = 3, 4
 
 
 @dataclass(frozen=True)
@@ -316,10 +318,13 @@ def _identity(
 
 
 def rounding_recipe(preset: str, rounding: str, refit: bool, magr: float) -> RoundingRecipe:
-    """The recipe that these options of the command line stand for; without ``refit`` a matrix is rounded once."""
-    if not refit:
-        return RoundingRecipe(preset, rounding, refit=False, magr=magr)
-    return RoundingRecipe(preset, rounding, magr=magr)
+    """The recipe that these options of the command line stand for; without ``refit`` a matrix is rounded once.
+
+    With feedback and refit, coordinate descent improves the codes as well (``benchmarks/calibration.py``).
+    """
+    if refit and rounding == "ldlq":
+        return RoundingRecipe(preset, rounding, rounds=REFIT_ROUNDS, sweeps=REFIT_SWEEPS, magr=magr)
+    return RoundingRecipe(preset, rounding, refit=refit, magr=magr)
 
 
 def batches(sequences: Sequence[Tensor], most: int = BATCH_TOKENS) -> list[Tensor]:
