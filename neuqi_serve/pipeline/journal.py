@@ -108,15 +108,16 @@ class Journal:
         wanted = json.dumps(identity, indent=1, sort_keys=True)
         if place.exists() and not restart:
             difference = _difference(place.read_text(encoding="utf-8"), identity)
-            if difference:
+            if difference and self.finished:
                 raise UsageError(
                     f"expected to go on with the interrupted run for {destination}, which has {self.finished} finished "
                     f"blocks, got other settings: {difference}. Repeat the command as it was, or discard the blocks "
                     "with --restart."
                 )
-            for path in self.folder.glob(f"*{_PARTIAL}"):
-                path.unlink()
-            return
+            if not difference:
+                for path in self.folder.glob(f"*{_PARTIAL}"):
+                    path.unlink()
+                return
         for path in self.folder.iterdir():
             path.unlink()
         _durable(place, wanted.encode())
@@ -169,6 +170,14 @@ def _difference(text: str, identity: Mapping[str, Any]) -> str:
     except ValueError:
         stored = {}
     # As JSON gives it back: tuples become lists.
-    current = json.loads(json.dumps(identity))
-    keys = sorted(key for key in {*stored, *current} if stored.get(key) != current.get(key))
-    return "; ".join(f"{key} was {stored.get(key)!r:.200}, is {current.get(key)!r:.200}" for key in keys)
+    before, now = _leaves(stored), _leaves(json.loads(json.dumps(identity)))
+    keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    return "; ".join(f"{key} was {before.get(key)!r:.200}, is {now.get(key)!r:.200}" for key in keys)
+
+
+def _leaves(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Values of nested objects under names such as ``recipe.spec.bits``."""
+    found: dict[str, Any] = {}
+    for key, part in value.items():
+        found.update(_leaves(part, f"{path}{key}.") if isinstance(part, dict) else {f"{path}{key}": part})
+    return found

@@ -65,6 +65,16 @@ def test_another_identity_is_refused_and_nothing_is_lost(tmp_path: Path) -> None
     fresh.close()
 
 
+def test_what_differs_is_named_and_a_run_without_a_block_gives_way(tmp_path: Path) -> None:
+    other = {**IDENTITY, "recipe": {"bits": 3}}
+    Journal(tmp_path / "out", IDENTITY).close()
+    journal = Journal(tmp_path / "out", other)
+    journal.save(0, packed(0), states(0))
+    journal.close()
+    with pytest.raises(UsageError, match=r"settings: recipe\.bits was 3, is 2\. Repeat"):
+        Journal(tmp_path / "out", IDENTITY)
+
+
 def test_a_damaged_block_is_reported(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "out", IDENTITY)
     journal.save(0, packed(0), states(0))
