@@ -9,7 +9,7 @@ ARGS  ?=
 INPUTS := requirements/install $(wildcard requirements/*.txt) pyproject.toml $(wildcard setup.py) \
           $(wildcard kernels/neuqi_kernels/csrc/*)
 
-.PHONY: setup serve test check format emulation wheel clean
+.PHONY: setup serve test check format emulation deployment-tools wheel clean
 
 setup: $(VENV)/.serve.stamp
 
@@ -46,6 +46,22 @@ emulation:  ## Install what tests the Arm kernel on another CPU (Debian, root)
 	    g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user; \
 	else echo "expected apt-get and root to install g++-aarch64-linux-gnu and qemu-user, got neither or one; install" \
 	  "an aarch64-linux-gnu-g++ and a qemu-aarch64 by other means" >&2; exit 1; fi
+
+# What checks deploy/: an environment beside the others (checkov pins older packages), kubectl and Prometheus.
+deployment-tools: $(VENV)/.deploy.stamp  ## Install what checks the images and manifests (Debian, root)
+	@kubectl version --client >/dev/null && command -v promtool prometheus >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    packages=$$(command -v promtool >/dev/null || echo prometheus; command -v kubectl >/dev/null || echo kubernetes-client); \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages; \
+	  else echo "expected kubectl, promtool and prometheus, and neither apt-get nor root to install them; install them by" \
+	    "other means" >&2; exit 1; fi; }
+	@kubectl kustomize deploy/kubernetes/overlays/cpu >/dev/null || { \
+	  echo "expected a kubectl with Kustomize 4.1 or newer, got $$(kubectl version --client 2>&1 | tail -1)" >&2; exit 1; }
+
+$(VENV)/.deploy.stamp: $(VENV)/.serve.stamp requirements/deploy.txt
+	$(BIN)/python -m venv $(VENV)/deploy
+	$(VENV)/deploy/bin/pip --disable-pip-version-check --quiet install --no-deps -r requirements/deploy.txt
+	@touch $@
 
 wheel: $(VENV)/.dev.stamp
 	$(BIN)/python -m build --no-isolation --wheel

@@ -24,6 +24,7 @@ VERBS = {
         "train scales, zero-points and norms of a packed model towards its original",
     ),
     "plan": ("neuqi_serve.cli.plan", "say what a model will need, and whether it fits, from its config.json"),
+    "k8s": ("neuqi_serve.cli.k8s", "write Kubernetes manifests for one model"),
     "eval": ("neuqi_serve.cli.eval", "measure a quantized model against the original"),
     "doctor": ("neuqi_serve.cli.doctor", "say what keeps the server from running well here"),
     "cache": ("neuqi_serve.cli.cache", "list, remove or verify what starts of the server have packed"),

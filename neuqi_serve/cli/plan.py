@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; raise if nothing fits."""
-    specs = _specs(args.bits, args.group_size)
+    specs = specs_of(args.bits, args.group_size)
     vocabulary = VocabularyBits(args.lm_head_bits, args.embedding_bits)
     for option, value in (
         ("--concurrency", args.concurrency),
@@ -114,7 +114,12 @@ def parse_size(text: str) -> int:
     return int(number * (1000 if decimal else 1024) ** _POWERS.get(unit[:1], 0))
 
 
-def _specs(bits: int | None, group_size: int | None) -> list[WeightSpec] | None:
+def specs_of(bits: int | None, group_size: int | None) -> list[WeightSpec] | None:
+    """Return the ways to store weights that these options leave; None for all of them.
+
+    Raises:
+        UsageError: a value outside the supported set.
+    """
     if bits is None and group_size is None:
         return None
     widths = (bits,) if bits is not None else tuple(b for b in SUPPORTED_BITS if b < 8)

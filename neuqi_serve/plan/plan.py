@@ -146,7 +146,7 @@ def make_plan(
     workspace = _workspace(source, device, request)
     options = [
         _option(source, spec, vocabulary, device, request, per_rank, workspace)
-        for spec in _ordered(specs or _fitting_specs(source))
+        for spec in _ordered(_fitting_specs(source, specs))
     ]
     return Plan(
         model,
@@ -194,17 +194,22 @@ def _ordered(specs: Sequence[WeightSpec]) -> list[WeightSpec]:
     return sorted(specs, key=lambda spec: -spec.bits_per_weight(1 << 14))
 
 
-def _fitting_specs(source: SourceCheckpoint) -> list[WeightSpec]:
+def _fitting_specs(source: SourceCheckpoint, asked: Sequence[WeightSpec] | None) -> list[WeightSpec]:
+    """Of the specs asked for, or of all, those whose groups divide every layer.
+
+    Raises:
+        UsageError: there are none.
+    """
     specs, last = [], None
-    for bits in _COMPARED_BITS:
-        for group_size in SUPPORTED_GROUP_SIZES:
-            spec = WeightSpec(bits, group_size)
-            try:
-                weights_of(source, spec)
-            except UsageError as error:
-                last = error
-                continue
-            specs.append(spec)
+    for spec in asked or [
+        WeightSpec(bits, size) for bits in _COMPARED_BITS for size in SUPPORTED_GROUP_SIZES
+    ]:
+        try:
+            weights_of(source, spec)
+        except UsageError as error:
+            last = error
+            continue
+        specs.append(spec)
     if not specs and last is not None:
         raise last
     return specs
