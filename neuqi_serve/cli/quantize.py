@@ -8,9 +8,10 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuqi_serve.budget.budget import budget_of, parse_bits
+from neuqi_serve.cli import calibration_options
 from neuqi_serve.config import (
     DEFAULT_EMBEDDING_BITS,
     DEFAULT_LM_HEAD_BITS,
@@ -23,10 +24,15 @@ from neuqi_serve.config import (
     WeightSpec,
 )
 
+if TYPE_CHECKING:
+    from neuqi_serve.pipeline.calibrate import CalibrationRun
+    from neuqi_serve.pipeline.summary import CheckpointSummary
+
 DEMO = "demo"
 _DESCRIPTION = """Pack the linear layers of a model's decoder blocks, its output head and its embedding; norms and
 routers stay as they are. Needs no data; with --importance, inputs that matter more get the smaller
-errors. Nothing appears at OUT before all of it is written; an interrupted run leaves OUT as it was."""
+errors; with --calibrate, answers are a good deal better, and quantizing takes longer. Nothing appears
+at OUT before all of it is written; an interrupted run leaves OUT as it was."""
 _EPILOG = """example:
   neuqi quantize demo -o demo-3bit --bits 3 --group-size 64 && neuqi serve demo-3bit"""
 
@@ -110,6 +116,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what widths are chosen by: how far the model's answers move, on text that it writes itself; or only the "
         "weights' own errors, one weight in memory at a time (default: %(default)s)",
     )
+    calibration_options.add_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace the packed checkpoint at OUT")
     output.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -117,6 +124,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the summary."""
+    calibration_options.check_options(args)
     budget = budget_of(args.bits, args.fit)
     default = WeightSpec()
     bits = args.bits if isinstance(args.bits, int) else default.bits
@@ -143,11 +151,17 @@ def run(args: argparse.Namespace) -> int:
             from neuqi_serve.budget.plan import plan_budget
 
             sizes = SUPPORTED_GROUP_SIZES if args.group_size is None else (args.group_size,)
-            model = _source_path(args.model_dir)
-            plan = plan_budget(model, settings, budget, args.sensitivity, sys.stderr, sizes)
+            plan = plan_budget(
+                _source_path(args.model_dir), settings, budget, args.sensitivity, sys.stderr, sizes
+            )
             settings = plan.settings
             print("\n".join(plan.lines()), file=sys.stderr)
-        summary = quantize_checkpoint(_source_path(args.model_dir), args.output, settings, sys.stderr)
+        model = _source_path(args.model_dir)
+        summary: CheckpointSummary | CalibrationRun
+        if args.calibrate is None:
+            summary = quantize_checkpoint(model, args.output, settings, sys.stderr)
+        else:
+            summary = calibration_options.run_calibrated(args, model, settings)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if args.json:

@@ -173,6 +173,13 @@ def _entries(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, int, 
         yield name, begin, stop, TensorSpec(dtype, tuple(shape))
 
 
+def torch_dtype(code: str) -> torch.dtype:
+    """Dtype of torch for a safetensors name such as ``"BF16"``."""
+    dtype = getattr(torch, TORCH_NAMES[code])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """Read one tensor into memory of its own; nothing else of the file stays in memory.
 

@@ -46,6 +46,14 @@ class SourceCheckpoint:
         """
         return read_tensor(self.tensors[name])
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self.tensors
+
+    def unchanged(self, name: str) -> bool:
+        """Whether :meth:`read` gives the bytes of the file: a checkpoint that changes weights on the way says no."""
+        return name in self.tensors
+
 
 def open_source(path: Path) -> SourceCheckpoint:
     """Open a folder with ``config.json`` and one or several safetensors shards; no tensor data is read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,9 +17,9 @@ from neuqi_serve import load_status
 from neuqi_serve.config import DEFAULT_PRESET, EMBEDDING, LM_HEAD, PRESETS, VocabularyBits, WeightSpec
 from neuqi_serve.errors import DoesNotFitError, IntegrityError, UsageError
 from neuqi_serve.format.importance import Importance, read_importance, resolve
-from neuqi_serve.format.manifest import MANIFEST_NAME, PackedModule
+from neuqi_serve.format.manifest import MANIFEST_NAME, Manifest, PackedModule
 from neuqi_serve.format.quantization_config import is_name_of
-from neuqi_serve.format.safetensors_file import TensorSpec, prefetch_tensor
+from neuqi_serve.format.safetensors_file import TensorSpec, prefetch_tensor, torch_dtype
 from neuqi_serve.format.source import CONFIG_NAME, INDEX_NAME, SourceCheckpoint, open_source
 from neuqi_serve.format.staging import check_destination
 from neuqi_serve.format.writer import (
@@ -49,6 +49,8 @@ _NOT_COPIED_SUFFIXES = (
     ".index.json",
 )
 _NOT_COPIED_NAMES = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME)
+# Module, weight [N, K] on the device of the settings, spec → what is stored.
+Pack = Callable[[str, Tensor, WeightSpec], PackedWeight]
 
 
 @dataclass(frozen=True)
@@ -91,37 +93,54 @@ def quantize_checkpoint(
         DoesNotFitError: the disk is too small.
     """
     started = time.monotonic()
-    _check_settings(settings)
-    _check_apart(source_path, destination)
+    check_settings(settings)
+    check_apart(source_path, destination)
     check_destination(destination, settings.overwrite, is_packed_folder)
     source = open_source(source_path)
     selection = select_modules(source, settings.spec, settings.vocabulary, settings.exceptions)
     importance = None if settings.importance is None else read_importance(settings.importance)
     weights = _importance_values(importance, selection, progress_stream)
+    made = {"preset": settings.preset, "importance": describe_importance(importance)}
+
+    def pack(module: str, weight: Tensor, spec: WeightSpec) -> PackedWeight:
+        return quantize_packed(weight, spec, weights.get(module), preset=settings.preset)
+
+    manifest = write_packed(source, selection, destination, settings, pack, made, progress_stream)
+    return summarize(manifest, selection.unfit, time.monotonic() - started)
+
+
+def write_packed(
+    source: SourceCheckpoint,
+    selection: Selection,
+    destination: Path,
+    settings: QuantizationSettings,
+    pack: Pack,
+    quantization: Mapping[str, Any],
+    progress_stream: TextIO | None,
+) -> Manifest:
+    """Write the packed folder: ``pack`` makes the packed form of each module selected, all else is copied.
+
+    ``quantization``: what the manifest says about how. Errors as :func:`quantize_checkpoint`.
+    """
     tensors = plan_tensors(source, selection)
     _check_disk(destination, tensors)
     with write_checkpoint(
         destination, tensors, overwrite=settings.overwrite, shard_bytes=settings.shard_bytes
     ) as writer:
-        modules = _write_tensors(source, selection, settings, weights, writer, progress_stream)
-        for path in other_files(source_path):
+        modules = _write_tensors(source, selection, settings, pack, writer, progress_stream)
+        for path in other_files(source.path):
             writer.copy_file(path)
-        manifest = writer.finish(
+        return writer.finish(
             _config(source, selection),
             selection.recipe,
             modules,
             source={
-                "name": source_path.resolve().name,
+                "name": source.path.resolve().name,
                 "architecture": source.architecture,
                 "files": {shard.name: shard.stat().st_size for shard in source.shards},
             },
-            quantization={
-                "preset": settings.preset,
-                "importance": describe_importance(importance),
-                **({} if settings.budget is None else {"budget": settings.budget}),
-            },
+            quantization={**quantization, **({} if settings.budget is None else {"budget": settings.budget})},
         )
-    return summarize(manifest, selection.unfit, time.monotonic() - started)
 
 
 def describe_importance(importance: Importance | None) -> str:
@@ -200,7 +219,7 @@ def _write_tensors(
     source: SourceCheckpoint,
     selection: Selection,
     settings: QuantizationSettings,
-    importance: Mapping[str, Tensor],
+    pack: Pack,
     writer: CheckpointWriter,
     progress_stream: TextIO | None,
 ) -> dict[str, PackedModule]:
@@ -218,11 +237,12 @@ def _write_tensors(
                 prefetch_tensor(source.tensors[following])
             module = name.removesuffix(".weight")
             if not name.endswith(".weight") or module not in selection.modules:
-                writer.copy(name, source.tensors[name])
+                if source.unchanged(name):
+                    writer.copy(name, source.tensors[name])
+                else:
+                    writer.write(name, source.read(name).to(torch_dtype(source.tensors[name].spec.dtype)))
                 continue
-            modules[module] = _write_module(
-                source, selection, settings, importance.get(module), writer, module
-            )
+            modules[module] = _write_module(source, selection, settings, pack, writer, module)
             if progress is not None:
                 progress.advance(sizes[module], module)
             done += sizes[module]
@@ -237,7 +257,7 @@ def _write_module(
     source: SourceCheckpoint,
     selection: Selection,
     settings: QuantizationSettings,
-    importance: Tensor | None,
+    pack: Pack,
     writer: CheckpointWriter,
     module: str,
 ) -> PackedModule:
@@ -250,7 +270,7 @@ def _write_module(
             "Download the model again."
         )
     planned = _packed_module(source, selection, module)
-    packed = quantize_packed(weight, planned.spec, importance, preset=settings.preset)
+    packed = pack(module, weight, planned.spec)
     largest = torch.finfo(packed.scale.dtype).max
     if not packed.scale.abs().max() < largest:
         raise UsageError(
@@ -268,7 +288,8 @@ def _packed_module(source: SourceCheckpoint, selection: Selection, module: str) 
     return PackedModule(spec, selection.modules[module], source.tensors[f"{module}.weight"].spec.dtype)
 
 
-def _check_settings(settings: QuantizationSettings) -> None:
+def check_settings(settings: QuantizationSettings) -> None:
+    """Refuse an unknown preset, and a device that is not there."""
     if settings.preset not in PRESETS:
         raise UsageError(f"expected a preset among {PRESETS}, got {settings.preset!r}. Try {DEFAULT_PRESET}.")
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
@@ -277,7 +298,8 @@ def _check_settings(settings: QuantizationSettings) -> None:
         )
 
 
-def _check_apart(source_path: Path, destination: Path) -> None:
+def check_apart(source_path: Path, destination: Path) -> None:
+    """Refuse to write into the model or a folder that holds it."""
     source, target = source_path.resolve(), destination.resolve()
     if source == target or target in source.parents:
         raise UsageError(

@@ -179,3 +179,70 @@ def test_automatic_device_without_a_gpu_is_the_processor(
     )
     command = ["quantize", source, "-o", str(tmp_path / "gpu"), "--group-size", "32", "--device", "cuda"]
     assert main(command) == 2
+
+
+@pytest.fixture
+def model_with_tokenizer(write_llama: Callable[..., Path]) -> Path:
+    """A tiny Llama that reads bytes, modulo the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    source = write_llama(config={"max_position_embeddings": 32})
+    size = json.loads((source / "config.json").read_text())["vocab_size"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet[:size])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(source)
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    return source
+
+
+def test_a_text_calibrates(
+    model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("abcd efgh, and more of it. " * 40)
+    command = ["quantize", str(model_with_tokenizer), *FAST, "--samples", "4", "--calibrate"]
+    for text, options in ((str(tmp_path / "text"), []), ("builtin", ["--rounding", "rtn", "--no-refit"])):
+        out = tmp_path / f"out{len(options)}"
+        assert main([*command, text, "-o", str(out), *options, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["resumed_blocks"] == 0
+        checkpoint = open_checkpoint(out)
+        checkpoint.verify()
+        described = checkpoint.manifest.quantization["calibration"]
+        assert described["rounding"] == ("rtn" if options else "ldlq")
+        assert described["refit"] == (not options)
+        assert (described["rounds"], described["sweeps"]) == ((1, 0) if options else (3, 4))
+        assert described["tokens"] >= 64
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out0", "out3"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rotate"], "--calibrate FILE"),
+        (["--calibrate", "builtin", "--importance", "file"], "got both"),
+        (["--calibrate", "nowhere"], "no such file"),
+        (["--calibrate", "generation_config.json"], "Give a longer text"),
+    ],
+)
+def test_calibration_options_that_do_not_go_together(
+    model_with_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(model_with_tokenizer)
+    assert main(["quantize", ".", "-o", str(tmp_path / "out"), *FAST, *options]) == 2
+    assert words in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [model_with_tokenizer.name]
+
+
+def test_calibration_of_a_model_without_a_tokenizer(
+    write_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(write_llama()), "-o", str(tmp_path / "out"), *FAST, "--calibrate", "builtin"]
+    assert main(command) == 4
+    assert "expected a tokenizer" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import yaml
 
 from neuqi_serve.cli.main import main
+from neuqi_serve.server.admission.keys import parse_keys
 from neuqi_serve.server.command_line import read_early
 
 RunTool = Callable[..., subprocess.CompletedProcess[str]]
@@ -122,3 +125,36 @@ def test_wrong_uses_write_nothing(
     assert render(write_llama(), tmp_path / "out", *options) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_way_from_an_empty_cluster_to_an_answer(
+    deploy: Path, write_llama: Callable[..., Path], run_tool: RunTool, tmp_path: Path
+) -> None:
+    text = (deploy / "README.md").read_text()
+    (block,) = re.findall(r"## From an empty cluster.*?```sh\n(.*?)```", text, re.DOTALL)
+    commands = block.splitlines()
+    assert len(commands) <= 10
+    (line,) = (one for one in commands if one.startswith("neuqi k8s render"))
+    words = shlex.split(line)[1:]
+    output = words[words.index("-o") + 1]
+    words[words.index("-o") + 1] = str(tmp_path / output)
+    assert main([*words, "--config", str(write_llama())]) == 0
+    found = objects(run_tool, tmp_path / output)
+    namespace = found["Namespace"]["metadata"]["name"]
+    assert found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["image"] in block
+    volumes = found["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    (keys,) = (volume["secret"] for volume in volumes if volume["name"] == "keys")
+    for expected in (
+        f"kubectl apply -f {output}/namespace.yaml",
+        f"kubectl -n {namespace} create secret generic {keys['secretName']} --from-file=keys",
+        f"kubectl apply -k {output}",
+        f"rollout status deployment/{found['Deployment']['metadata']['name']}",
+        f"port-forward service/{found['Service']['metadata']['name']} {found['Service']['spec']['ports'][0]['port']}",
+    ):
+        assert expected in block
+    assert (tmp_path / output / "namespace.yaml").exists()
+    (made,) = (one for one in commands if one.startswith("echo"))
+    done = subprocess.run(["bash", "-c", made], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    described = {key.name: key.admin for key in parse_keys((tmp_path / "keys").read_text(), "keys")}
+    assert described == {"client": False, "prometheus": True}
