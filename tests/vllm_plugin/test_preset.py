@@ -44,13 +44,19 @@ def test_balanced_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preset_used(NeuqiConfig(), monkeypatch) == "balanced"
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({"bits": 3}, "fast"), ({"preset": "minmax"}, "minmax")])
-def test_additional_config_keeps_or_replaces_the_preset(
-    settings: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("overrides", "additional", "expected"),
+    [({"preset": "fast"}, {"bits": 3}, "fast"), ({"bits": 3}, {"preset": "minmax"}, "minmax")],
+)
+def test_additional_config_completes_the_overrides(
+    overrides: dict[str, Any], additional: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    current = SimpleNamespace(additional_config={"neuqi": settings}, model_config=None)
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    current = SimpleNamespace(
+        additional_config={"neuqi": additional}, model_config=None, parallel_config=parallel
+    )
     monkeypatch.setattr(config_module, "get_current_vllm_config_or_none", lambda: current)
-    config = NeuqiConfig.from_config({"quant_method": "neuqi", "online": True, "preset": "fast"})
+    config = NeuqiConfig.from_config({"quant_method": "neuqi", "online": True} | overrides)
     config._complete_recipe()
     assert preset_used(config, monkeypatch) == expected
 
