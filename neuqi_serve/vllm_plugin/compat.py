@@ -13,7 +13,7 @@ from neuqi_serve.errors import UnsupportedModelError
 
 _REGISTERED = False
 
-# The minor versions of vLLM that tests/version_window ran the plugin's tests with: from the first, below the second.
+# The versions of vLLM whose interfaces are those used here: from the first, below the second. The tests run with 0.32.
 SUPPORTED_VERSIONS = ("0.30", "0.33")
 
 
