@@ -52,10 +52,10 @@ def test_the_loss_reported_is_that_of_the_folder_written(original, text, distill
 
     folder, done = distilled
     checkpoint = open_checkpoint(folder)
-    student = load_student(checkpoint, torch.device("cpu"), torch.float32, with_head=False)
+    student = load_student(checkpoint, torch.device("cpu"), torch.float32, with_head=done.loss == "logits")
     teacher = load_teacher(original, checkpoint, torch.device("cpu"), torch.float32)
     windows = windows_of(folder, text, QUICK)
-    loss = make_loss("hidden", student.model, teacher)
+    loss = make_loss(done.loss, student.model, teacher)
     again = Trainer(student.parameters(), loss, windows, QUICK.training).held_out_loss()
     assert again == pytest.approx(done.result.loss_after, rel=1e-6)
 
