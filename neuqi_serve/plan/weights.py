@@ -194,7 +194,7 @@ def _chosen_share(source: SourceCheckpoint) -> float:
     config = source.config
     experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
     chosen = config.get("num_experts_per_tok")
-    return int(chosen) / int(experts) if experts and chosen else 1.0
+    return min(1.0, int(chosen) / int(experts)) if experts and chosen else 1.0
 
 
 def _largest_layer(source: SourceCheckpoint, modules: Iterable[str]) -> int:

@@ -32,6 +32,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi3ForCausalLM": ("phi3", {**GROUPED, "head_dim": 16}),
     "OPTForCausalLM": ("opt", {**COMMON, "ffn_dim": 128, "word_embed_proj_dim": 64}),
     "GPTNeoXForCausalLM": ("gpt_neox", COMMON),
+    "MixtralForCausalLM": ("mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
 }
 
 

@@ -79,6 +79,16 @@ def test_an_unpacked_embedding_is_read_only_if_it_is_the_head(config: Callable[.
     assert phi.read_per_token == phi.total - 160 * 64 * 2
 
 
+def test_a_step_reads_the_chosen_experts_only(config: Callable[..., dict[str, Any]]) -> None:
+    two, four, more = (
+        planned(config("MixtralForCausalLM", num_experts_per_tok=chosen), WeightSpec(4, 32)).read_per_token
+        for chosen in (2, 4, 8)
+    )
+    experts = 2 * 4 * 3 * 128 * 64 * 5 // 8  # layers, experts, matrices, weights, at five bits a weight
+    assert four - two == experts // 2
+    assert more == four
+
+
 def test_two_ranks_share_the_layers_and_both_hold_the_norms(config: Callable[..., dict[str, Any]]) -> None:
     one, half = (planned(config(), WeightSpec(4, 32), ranks=ranks) for ranks in (1, 2))
     assert half.codes * 2 == one.codes
