@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-
 from neuqi_kernels.backend import REFERENCE, Backend
+from neuqi_kernels.backend_table import BackendTable
 from neuqi_kernels.env import forced_backend
 from neuqi_kernels.spec import GemmSpec
 
-# Imported on first use: a backend whose module does not import refuses with that reason.
-_TABLE: tuple[tuple[str, str, str], ...] = (
-    ("humming", "neuqi_kernels.gpu.humming", "HUMMING"),
-    ("triton", "neuqi_kernels.gpu.backend", "TRITON"),
-    ("cpu_native", "neuqi_kernels.cpu.native", "NATIVE"),
-    ("cpu_blocks", "neuqi_kernels.cpu.blocks", "BLOCKS"),
+_TABLE: BackendTable[Backend] = BackendTable(
+    (
+        ("humming", "neuqi_kernels.gpu.humming", "HUMMING"),
+        ("triton", "neuqi_kernels.gpu.backend", "TRITON"),
+        ("cpu_native", "neuqi_kernels.cpu.native", "NATIVE"),
+        ("cpu_blocks", "neuqi_kernels.cpu.blocks", "BLOCKS"),
+    ),
+    REFERENCE,
 )
 
 
 def backend_names() -> tuple[str, ...]:
     """Names of all backends, in the order in which they are asked."""
-    return (*(name for name, _, _ in _TABLE), REFERENCE.name)
+    return _TABLE.names
 
 
-@functools.cache
 def find(name: str) -> Backend | str:
     """Return the backend called ``name``, or the reason why its module does not import.
 
     Raises:
         ValueError: no backend has this name.
     """
-    if name == REFERENCE.name:
-        return REFERENCE
-    for known, module, attribute in _TABLE:
-        if known == name:
-            try:
-                backend: Backend = getattr(importlib.import_module(module), attribute)
-            except ImportError as error:
-                return f"not available: {error}"
-            return backend
-    raise ValueError(f"expected a backend of {backend_names()}, got {name!r}. Choose one of these.")
+    return _TABLE.find(name)
 
 
 def refusal(name: str, spec: GemmSpec) -> str | None:

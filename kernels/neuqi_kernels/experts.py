@@ -6,8 +6,6 @@ it is one parallel region.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +13,9 @@ import torch
 
 from neuqi_kernels import experts_reference
 from neuqi_kernels.backend import Prepared
+from neuqi_kernels.backend_table import BackendTable
 from neuqi_kernels.env import forced_backend
 from neuqi_kernels.spec import GemmSpec
-
-# Imported on first use, in the order in which they are asked; the reference comes last.
-_TABLE: tuple[tuple[str, str, str], ...] = (("cpu_native", "neuqi_kernels.cpu.experts", "NATIVE_EXPERTS"),)
 
 
 @dataclass(frozen=True)
@@ -117,26 +113,20 @@ class ReferenceExperts:
 REFERENCE = ReferenceExperts()
 
 
-@functools.cache
+_TABLE: BackendTable[ExpertsBackend] = BackendTable(
+    (("cpu_native", "neuqi_kernels.cpu.experts", "NATIVE_EXPERTS"),),
+    REFERENCE,
+    "a backend for a layer of experts",
+)
+
+
 def find(name: str) -> ExpertsBackend | str:
     """Return the backend called ``name``, or the reason why its module does not import.
 
     Raises:
         ValueError: no backend has this name.
     """
-    if name == REFERENCE.name:
-        return REFERENCE
-    for known, module, attribute in _TABLE:
-        if known == name:
-            try:
-                backend: ExpertsBackend = getattr(importlib.import_module(module), attribute)
-            except ImportError as error:
-                return f"not available: {error}"
-            return backend
-    names = (*(known for known, _, _ in _TABLE), REFERENCE.name)
-    raise ValueError(
-        f"expected a backend for a layer of experts of {names}, got {name!r}. Choose one of these."
-    )
+    return _TABLE.find(name)
 
 
 def choose(spec: ExpertsSpec) -> ExpertsBackend:
@@ -148,7 +138,7 @@ def choose(spec: ExpertsSpec) -> ExpertsBackend:
         ValueError: the named backend refuses such experts, or none takes them.
     """
     wanted = forced_backend()
-    names = (*(known for known, _, _ in _TABLE), REFERENCE.name)
+    names = _TABLE.names
     if wanted is not None:
         names = (wanted if wanted in names else REFERENCE.name,)
     reasons = []

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Protocol
 
 import torch
 
 from neuqi_kernels import moe_reference
 from neuqi_kernels.backend import Prepared
+from neuqi_kernels.backend_table import BackendTable
 from neuqi_kernels.env import forced_backend
 from neuqi_kernels.spec import GemmSpec
-
-# Imported on first use, in the order in which they are asked; the reference comes last.
-_TABLE: tuple[tuple[str, str, str], ...] = (("triton", "neuqi_kernels.gpu.moe_backend", "TRITON_MOE"),)
 
 
 class MoeBackend(Protocol):
@@ -110,24 +106,18 @@ class ReferenceMoe:
 REFERENCE = ReferenceMoe()
 
 
-@functools.cache
+_TABLE: BackendTable[MoeBackend] = BackendTable(
+    (("triton", "neuqi_kernels.gpu.moe_backend", "TRITON_MOE"),), REFERENCE, "a backend for experts"
+)
+
+
 def find(name: str) -> MoeBackend | str:
     """Return the backend called ``name``, or the reason why its module does not import.
 
     Raises:
         ValueError: no backend has this name.
     """
-    if name == REFERENCE.name:
-        return REFERENCE
-    for known, module, attribute in _TABLE:
-        if known == name:
-            try:
-                backend: MoeBackend = getattr(importlib.import_module(module), attribute)
-            except ImportError as error:
-                return f"not available: {error}"
-            return backend
-    names = (*(known for known, _, _ in _TABLE), REFERENCE.name)
-    raise ValueError(f"expected a backend for experts of {names}, got {name!r}. Choose one of these.")
+    return _TABLE.find(name)
 
 
 def choose(spec: GemmSpec) -> MoeBackend:
@@ -137,7 +127,7 @@ def choose(spec: GemmSpec) -> MoeBackend:
         ValueError: the named backend does not exist for experts or refuses them.
     """
     wanted = forced_backend()
-    for name in (wanted,) if wanted else (*(known for known, _, _ in _TABLE), REFERENCE.name):
+    for name in (wanted,) if wanted else _TABLE.names:
         backend = find(name)
         reason = backend if isinstance(backend, str) else backend.refuse(spec)
         if not isinstance(backend, str) and reason is None:
