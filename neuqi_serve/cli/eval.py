@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
+    from neuqi_serve.format.replaced_file import replace_text
     from neuqi_serve.quality.report import read_report, to_table
 
     bodies = [read_report(path) for path in args.results]
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(to_table(body))
     if args.json is not None and args.json != Path("-"):
-        _write(args.json, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+        replace_text(args.json, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         print(f"\nwritten to {args.json}", file=sys.stderr)
     if not args.no_card and body["model"]["packed"]:
         from neuqi_serve.quality.card import write_card
@@ -141,15 +140,3 @@ def _folder(model: str) -> Path:
 
         return Path(model_path())
     return Path(model)
-
-
-def _write(destination: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{destination.name}.", dir=destination.resolve().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, destination)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

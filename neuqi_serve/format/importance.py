@@ -7,8 +7,6 @@ The sidecar is a safetensors file: one float32 tensor ``[K]`` for each layer, un
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +19,7 @@ from torch import Tensor
 from neuqi_serve.errors import IntegrityError, UsageError
 from neuqi_serve.format.imatrix import imatrix_name, read_imatrix
 from neuqi_serve.format.manifest import hash_file
+from neuqi_serve.format.replaced_file import replaced
 
 SIDECAR_FORMAT, SIDECAR_VERSION = "neuqi-importance", "1"
 # Layers of a block that read the same input have the same importance. An engine fuses them into one layer, which has
@@ -156,15 +155,8 @@ def write_sidecar(path: Path, values: Mapping[str, Tensor], metadata: Mapping[st
     # Copies: the library refuses tensors that share memory.
     tensors = {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in values.items()}
     described = {**metadata, "format": SIDECAR_FORMAT, "version": SIDECAR_VERSION}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.resolve().parent)
-    os.close(handle)
-    try:
+    with replaced(path) as temporary:
         save_file(tensors, temporary, metadata=described)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_sidecar(path: Path) -> dict[str, Tensor]:

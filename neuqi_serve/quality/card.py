@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from neuqi_serve.format.manifest import MANIFEST_NAME, Manifest, hash_file
 from neuqi_serve.format.quantization_config import QuantizationRecipe
 from neuqi_serve.format.reader import open_checkpoint
+from neuqi_serve.format.replaced_file import replace_text
 from neuqi_serve.quality.report import body_dtype
 
 QUALITY_NAME, README_NAME = "neuqi_quality.json", "README.md"
@@ -38,11 +37,11 @@ def write_card(folder: Path, body: dict[str, Any]) -> list[Path]:
     checkpoint.validate()
     readme = folder / README_NAME
     earlier = readme.read_text(encoding="utf-8") if readme.is_file() else _new_readme(body)
-    _replace(folder / QUALITY_NAME, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-    _replace(readme, _with_section(earlier, card_section(body, checkpoint.recipe, checkpoint.manifest)))
+    replace_text(folder / QUALITY_NAME, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+    replace_text(readme, _with_section(earlier, card_section(body, checkpoint.recipe, checkpoint.manifest)))
     files = dict(checkpoint.manifest.files)
     files |= {name: hash_file(folder / name) for name in (QUALITY_NAME, README_NAME)}
-    _replace(folder / MANIFEST_NAME, replace(checkpoint.manifest, files=files).to_json())
+    replace_text(folder / MANIFEST_NAME, replace(checkpoint.manifest, files=files).to_json())
     return [folder / QUALITY_NAME, readme]
 
 
@@ -131,15 +130,3 @@ def _with_section(text: str, section: str) -> str:
 
 def _cell(key: str, value: float) -> str:
     return f"{100 * value:.2f} %" if key == "top1_agreement" else f"{value:.4g}"
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

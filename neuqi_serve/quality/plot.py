@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from neuqi_serve.errors import UsageError
+from neuqi_serve.format.replaced_file import replaced
 
 
 def write_plot(bodies: Sequence[dict[str, Any]], destination: Path) -> None:
@@ -46,15 +45,8 @@ def write_plot(bodies: Sequence[dict[str, Any]], destination: Path) -> None:
     panels[0].set_ylabel("KL divergence from the original, nats per token")
     panels[0].legend(fontsize="small")
     figure.suptitle(", ".join(sorted({str(body["base"]["name"]) for body in bodies})))
-    handle, temporary = tempfile.mkstemp(prefix=f".{destination.name}.", dir=destination.resolve().parent)
-    os.close(handle)
-    try:
+    with replaced(destination) as temporary:
         figure.savefig(temporary, format="png")
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, destination)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _draw(panel: Any, bodies: Sequence[dict[str, Any]], key: str, unit: float) -> None:
