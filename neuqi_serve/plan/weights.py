@@ -120,9 +120,9 @@ def check_ranks(source: SourceCheckpoint, selection: Selection, family: Family, 
     Raises:
         UsageError: with the numbers that are allowed.
     """
-    legal = [count for count in range(1, 65) if _rank_problem(source, selection, family, count) is None]
     problem = _rank_problem(source, selection, family, ranks)
     if problem is not None:
+        legal = [count for count in range(1, 65) if _rank_problem(source, selection, family, count) is None]
         raise UsageError(
             f"expected a tensor-parallel size that shares out every layer, got {ranks}: {problem}. "
             f"Sizes that do: {legal}."

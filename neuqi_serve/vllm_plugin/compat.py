@@ -152,8 +152,6 @@ def expert_projections(layer: Any) -> dict[str, str]:
     Raises:
         UnsupportedModelError: a vLLM that builds experts differently, or experts without a gate.
     """
-    from neuqi_serve.errors import UnsupportedModelError
-
     names = [getattr(layer, f"ckpt_{kind}_proj_name", None) for kind in ("gate", "up", "down")]
     gate, up, down = names
     if not gate or not up or not down:
