@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,8 +35,14 @@ def test_little_memory_is_a_warning() -> None:
     assert check_memory(machine(1 << 30)).level == "warning"
 
 
-def test_shared_memory(tmp_path: Path) -> None:
-    assert check_shared_memory(tmp_path).level in ("ok", "note")
+@pytest.mark.parametrize(("total", "level"), [(1 << 30, "ok"), (64 << 20, "note")])
+def test_shared_memory_of_a_container_is_small(
+    total: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=total))
+    finding = check_shared_memory(tmp_path)
+    assert finding.level == level
+    assert f"{total / 2**30:.2f} GiB" in finding.found
     assert check_shared_memory(tmp_path / "absent").level == "note"
 
 
